@@ -1,0 +1,84 @@
+# `make figures` and `make test` set up everything they need in .venv; `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+SCALE ?= laptop
+FROM ?= store
+
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+# The lab's runs are small: one thread a process and a process a core is faster than threads.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export S2D_WORKERS ?= $(CORES)
+# Results of tests and nbval go here, not over the committed ones.
+TEST_OUTPUT := $(CURDIR)/build/test
+SOURCES := $(shell find s2d -name '*.py') $(wildcard data/paper/*.csv) $(wildcard data/laptop/checkpoints/*.safetensors)
+
+.PHONY: help figures test notebooks refresh bench lint format setup clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo "variables:  SCALE=smoke|laptop|gpu (paper is refused with what it lacks)   FROM=store|scratch   CORES=$(CORES)"
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+# The stamp carries the result: it is written last, so an interrupted installation starts again.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) with $$($(PYTHON) --version) (a few minutes, several GB with the CUDA build of torch)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
+	@touch $@
+
+setup: $(VENV)/installed ## install everything into .venv (the other targets do it themselves)
+
+# --- the main job -----------------------------------------------------------------------------------------------------
+SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --config scale=$(SCALE) from=$(FROM) --rerun-incomplete --quiet rules
+
+figures: $(VENV)/installed ## run the notebooks as a batch and draw every figure (SCALE=, FROM=scratch retrains)
+	@# A killed run leaves its lock behind; only this Makefile starts Snakemake here, so the lock is not another run's.
+	@$(SNAKEMAKE) --unlock >/dev/null 2>&1 || true
+	$(SNAKEMAKE)
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+test: $(VENV)/installed ## unit tests and doctests, then nbval on every notebook that changed since it last passed
+	S2D_OUTPUT=$(TEST_OUTPUT) $(PY) -m pytest -n $(CORES) --dist loadfile -q
+	@$(MAKE) --no-print-directory -j$(CORES) notebooks
+
+notebooks: $(NOTEBOOKS:notebooks/%.ipynb=build/nbval/%) ## nbval on every notebook that changed since it last passed
+
+build/nbval/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
+	@mkdir -p $(@D)
+	S2D_OUTPUT=$(TEST_OUTPUT) S2D_WORKERS=1 $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=900 $<
+	@touch $@
+
+# --- keeping the repository's own results true -------------------------------------------------------------------------
+refresh: $(NOTEBOOKS:notebooks/%.ipynb=build/refresh/%) ## re-execute notebooks at the defaults and store their outputs
+
+# Later notebooks read tables that earlier ones write, so they follow one another.
+
+build/refresh/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
+	@mkdir -p $(@D)
+	$(PY) -m s2d.lab.notebook refresh $<
+	@touch $@
+
+bench: $(VENV)/installed ## side-by-side timings
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+lint: $(VENV)/installed ## ruff on code and notebooks, and the static notebook check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m s2d.lab.notebook check $(NOTEBOOKS)
+
+format: $(VENV)/installed ## let ruff format everything
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove what was built (not .venv, not committed results)
+	rm -rf build .snakemake

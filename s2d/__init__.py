@@ -1,0 +1,47 @@
+"""S2D: Selective Spectral Decay for quantization-friendly activations (arXiv 2602.14432)."""
+
+from s2d.bound import BoundCheck, check_bound
+from s2d.layers import linear_layers
+from s2d.outliers import (
+    ActivationStatistics,
+    ActivationSummary,
+    OutlierRows,
+    excess_kurtosis,
+    neuron_kurtosis,
+    watch_activations,
+)
+from s2d.pcdr import activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
+from s2d.regularizer import SelectiveSpectralDecay, add_spectral_penalty_, spectral_penalty
+from s2d.spectral import (
+    SingularTriplets,
+    SpectralNormBounds,
+    as_matrix,
+    spectral_norm_bounds,
+    top_singular_triplets,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationStatistics",
+    "ActivationSummary",
+    "BoundCheck",
+    "OutlierRows",
+    "SelectiveSpectralDecay",
+    "SingularTriplets",
+    "SpectralNormBounds",
+    "activation_pcdr",
+    "add_spectral_penalty_",
+    "as_matrix",
+    "check_bound",
+    "excess_kurtosis",
+    "layer_pcdr",
+    "linear_layers",
+    "neuron_kurtosis",
+    "outlier_rank",
+    "spectral_norm_bounds",
+    "spectral_pcdr",
+    "spectral_penalty",
+    "top_singular_triplets",
+    "watch_activations",
+]

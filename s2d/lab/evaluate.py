@@ -1,0 +1,225 @@
+"""Measurements on trained checkpoints, as tidy tables: one row a thing measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from s2d.bound import check_bound
+from s2d.lab.store import Trained
+from s2d.lab.training import accuracy, residual_statistics
+from s2d.layers import linear_layers
+from s2d.outliers import OutlierRows, watch_activations
+from s2d.pcdr import activation_pcdr, spectral_pcdr
+from s2d.ptq import parse_bits, quantize
+from s2d.spectral import top_singular_triplets
+
+# Each test digit is seen in four placements, which takes out much of the noise of where the clutter falls.
+TEST_IMAGES = 4 * 397
+CALIBRATION_IMAGES = 256
+
+Checkpoints = Mapping[str, Sequence[Trained]]  # variant -> one checkpoint a seed
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Logits of every image, in evaluation mode."""
+    model.eval()
+    return torch.cat([model(batch) for batch in images.split(batch_size)])
+
+
+def quantization_table(
+    checkpoints: Checkpoints,
+    bits: Sequence[str],
+    *,
+    split: str = "test",
+    images: int = TEST_IMAGES,
+    calibration_images: int = CALIBRATION_IMAGES,
+    method: str = "rtn",
+) -> pd.DataFrame:
+    """Accuracy and relative logit error of every checkpoint at every bit width.
+
+    Args:
+        checkpoints: variant to one checkpoint a seed.
+        bits: names such as ``"FP"`` and ``"W4A4"``.
+        split: where accuracy is measured; hyper-parameters are chosen on ``validation``, results reported on ``test``.
+        images: how many images of that split.
+        calibration_images: how many images of the calibration split the quantizers see.
+        method: see :func:`s2d.ptq.quantize`.
+
+    Returns:
+        Columns variant, seed, method, bits, split, images, accuracy, logit_error (``|q - fp|^2 / |fp|^2``).
+    """
+    rows = []
+    for variant, trained_models in checkpoints.items():
+        for trained in trained_models:
+            data, model = trained.recipe.data, trained.model()
+            x, y = data.fixed_set(split, images)
+            calibration, _ = data.fixed_set("calibration", calibration_images)
+            full = logits_of(model, x)
+            for name in bits:
+                w_bits, a_bits = parse_bits(name)
+                logits = full
+                if name != "FP":
+                    logits = logits_of(
+                        quantize(model, method=method, w_bits=w_bits, a_bits=a_bits, calibration=calibration), x
+                    )
+                rows.append(
+                    {
+                        "variant": variant,
+                        "seed": trained.recipe.seed,
+                        "method": method,
+                        "bits": name,
+                        "split": split,
+                        "images": len(x),
+                        "accuracy": (logits.argmax(-1) == y).double().mean().item(),
+                        "logit_error": ((logits - full).square().sum() / full.square().sum()).item(),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def outlier_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
+    """Kurtosis and largest magnitude of the residual stream of every checkpoint, and its validation accuracy.
+
+    Measured on calibration images; the test split stays for accuracies.
+    """
+    rows = []
+    for variant, trained_models in checkpoints.items():
+        for trained in trained_models:
+            model = trained.model()
+            x, _ = trained.recipe.data.fixed_set("calibration", images)
+            validation = trained.recipe.data.fixed_set("validation", 800)
+            rows.append(
+                {"variant": variant, "seed": trained.recipe.seed}
+                | residual_statistics(model, x)
+                | {"validation_accuracy": accuracy(model, *validation)}
+            )
+    return pd.DataFrame(rows)
+
+
+def history_table(checkpoints: Checkpoints) -> pd.DataFrame:
+    """Training histories, one row a measurement."""
+    return pd.DataFrame(
+        [
+            {"variant": variant, "seed": trained.recipe.seed} | row
+            for variant, trained_models in checkpoints.items()
+            for trained in trained_models
+            for row in trained.history
+        ]
+    )
+
+
+@torch.no_grad()
+def gather_outliers(model: nn.Module, images: Tensor, *, capacity: int = 16) -> dict[str, OutlierRows]:
+    """The outlier activations of every watched layer on some images."""
+    rows = {name: OutlierRows(capacity) for name in linear_layers(model)}
+    handles = []
+    for name, layer in linear_layers(model).items():
+
+        def gather(module, args, output, name=name):
+            rows[name].update(args[0], output if module.bias is None else output - module.bias)
+
+        handles.append(layer.register_forward_hook(gather))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+@torch.no_grad()
+def layer_statistics(trained: Trained, *, images: int = CALIBRATION_IMAGES, k_max: int = 3, outliers: int = 16) -> pd.DataFrame:
+    """The columns of Table 7 for every watched layer, and both forms of PCDR.
+
+    Args:
+        trained: a checkpoint.
+        images: calibration images shown.
+        k_max: PCDR_1 to PCDR_k_max are given.
+        outliers: activations a layer, the largest, over which the (unclipped) activation form is averaged.
+
+    Returns:
+        Columns layer, sigma_1.., max_abs (output without bias), excess_kurtosis (of the output), pcdr_k, spectral_pcdr_k.
+    """
+    model = trained.model()
+    x, _ = trained.recipe.data.fixed_set("calibration", images)
+    layers = linear_layers(model)
+    with watch_activations(layers) as watched:
+        rows = gather_outliers(model, x, capacity=outliers)
+    table = []
+    for name, layer in layers.items():
+        triplets = top_singular_triplets(layer.weight, k_max)
+        ratios = activation_pcdr(layer.weight, rows[name].x, rows[name].neuron, k_max=k_max, triplets=triplets).mean(0)
+        share = spectral_pcdr(layer.weight, k_max=k_max, triplets=triplets)
+        row = {"layer": name, "max_abs": rows[name].magnitude[0].item()}
+        row["excess_kurtosis"] = watched[name].summary().excess_kurtosis
+        for k in range(1, k_max + 1):
+            row |= {f"sigma_{k}": triplets.s[k - 1].item(), f"pcdr_{k}": ratios[k - 1].item()}
+            row[f"spectral_pcdr_{k}"] = share[k - 1].item()
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def layer_table(checkpoints: Checkpoints, **options) -> pd.DataFrame:
+    """:func:`layer_statistics` of every checkpoint."""
+    tables = [
+        layer_statistics(trained, **options).assign(variant=variant, seed=trained.recipe.seed)
+        for variant, trained_models in checkpoints.items()
+        for trained in trained_models
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    return table[["variant", "seed", *[c for c in table.columns if c not in ("variant", "seed")]]]
+
+
+def bound_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
+    """Theorem 1 checked layer by layer on calibration images."""
+    rows = []
+    for variant, trained_models in checkpoints.items():
+        for trained in trained_models:
+            x, _ = trained.recipe.data.fixed_set("calibration", images)
+            for check in check_bound(trained.model(), x):
+                rows.append({"variant": variant, "seed": trained.recipe.seed} | check._asdict())
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def spectra_table(checkpoints: Checkpoints) -> pd.DataFrame:
+    """Every singular value of every watched layer: columns variant, seed, layer, index (from 1), sigma."""
+    rows = []
+    for variant, trained_models in checkpoints.items():
+        for trained in trained_models:
+            for name, layer in linear_layers(trained.model()).items():
+                for index, sigma in enumerate(torch.linalg.svdvals(layer.weight).tolist(), start=1):
+                    rows.append(
+                        {"variant": variant, "seed": trained.recipe.seed, "layer": name, "index": index, "sigma": sigma}
+                    )
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def residual_histogram(checkpoints: Checkpoints, *, bins: int = 60, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
+    """Histogram of the last block's output in units of its standard deviation, by variant, all seeds together.
+
+    Returns:
+        Columns variant, low, high (bin edges), count; the outermost bins hold everything beyond +-20.
+    """
+    rows = []
+    edges = torch.linspace(-20, 20, bins + 1)
+    for variant, trained_models in checkpoints.items():
+        counts = torch.zeros(bins)
+        for trained in trained_models:
+            model = trained.model()
+            kept: list[Tensor] = []
+            handle = model.blocks[-1].register_forward_hook(lambda _m, _a, output, kept=kept: kept.append(output))
+            model(trained.recipe.data.fixed_set("calibration", images)[0])
+            handle.remove()
+            values = kept[0].flatten()
+            standardised = ((values - values.mean()) / values.std()).clamp(-19.999, 19.999)
+            counts += torch.histogram(standardised, edges).hist
+        for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
+            rows.append({"variant": variant, "low": low, "high": high, "count": int(count)})
+    return pd.DataFrame(rows)

@@ -1,0 +1,1 @@
+"""The named recipes of the laptop scale: every hyper-parameter here was chosen on the validation split (see ``tuning.py``)."""

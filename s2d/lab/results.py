@@ -1,0 +1,115 @@
+"""Tables and figures on disk: written whole, with where they come from, the same bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from s2d.lab.files import write_text
+from s2d.lab.paths import output_root, repository_root
+
+PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "matplotlib")
+
+
+def source_hash() -> str:
+    """Hash of the package's source files: two tables with the same hash were made by the same code."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def provenance(notebook: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader needs to make a result again.
+
+    Args:
+        notebook: stem of the notebook.
+        parameters: the notebook's parameters, seeds among them.
+
+    Returns:
+        Plain JSON types; no time stamps and no machine names, so that a second run gives the same bytes.
+    """
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"notebook": notebook, "parameters": dict(parameters), "source": source_hash(), "versions": versions}
+
+
+def _table_folder(run: str) -> Path:
+    if not run or "/" in run or run.startswith("."):
+        raise ValueError(f"run is {run!r}: give a plain label such as 'laptop'")
+    return Path("data") / run
+
+
+def save_table(table: pd.DataFrame, name: str, *, run: str, source: Mapping[str, Any]) -> Path:
+    """Write ``data/<run>/<name>.csv`` and beside it ``<name>.json`` with its provenance.
+
+    Args:
+        table: no index is written.
+        name: file stem.
+        run: output label, usually the scale.
+        source: from :func:`provenance`.
+
+    Raises:
+        ValueError: for an empty table or a strange label.
+    """
+    if table.empty:
+        raise ValueError(f"table {name} has no rows: nothing was measured")
+    path = output_root() / _table_folder(run) / f"{name}.csv"
+    write_text(path.with_suffix(".json"), json.dumps(source, indent=1, sort_keys=True) + "\n")
+    write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return path
+
+
+def load_table(name: str, *, run: str) -> pd.DataFrame:
+    """Read ``data/<run>/<name>.csv``: one just written, else the committed one.
+
+    Raises:
+        FileNotFoundError: naming the notebook to run.
+    """
+    for root in (output_root(), repository_root()):
+        path = root / _table_folder(run) / f"{name}.csv"
+        if path.exists():
+            return pd.read_csv(path)
+    raise FileNotFoundError(f"no table data/{run}/{name}.csv: run `make figures SCALE={run}` or the notebook that writes it")
+
+
+def load_sources(names: list[str], *, run: str) -> dict[str, Any]:
+    """The provenance of several tables, for the figures drawn from them."""
+    sources = {}
+    for name in names:
+        for root in (output_root(), repository_root()):
+            path = root / _table_folder(run) / f"{name}.json"
+            if path.exists():
+                sources[name] = json.loads(path.read_text(encoding="utf-8"))
+                break
+    return sources
+
+
+def mean_and_spread(table: pd.DataFrame, by: list[str], values: list[str]) -> pd.DataFrame:
+    """Mean and sample standard deviation over the seeds of each group.
+
+    Args:
+        table: long, with one row a seed and group.
+        by: grouping columns, kept in order of appearance.
+        values: columns to average.
+
+    Returns:
+        ``by`` + ``seeds`` (how many) + for each value ``<value>`` and ``<value>_std``.
+
+    Example:
+        >>> t = pd.DataFrame({"variant": ["a", "a"], "seed": [0, 1], "accuracy": [0.5, 0.7]})
+        >>> float(mean_and_spread(t, ["variant"], ["accuracy"]).accuracy.iloc[0])
+        0.6
+    """
+    groups = table.groupby(by, sort=False)
+    out = groups["seed"].nunique().rename("seeds").to_frame()
+    for value in values:
+        out[value], out[f"{value}_std"] = groups[value].mean(), groups[value].std(ddof=1)
+    return out.reset_index()

@@ -1,0 +1,293 @@
+"""Trained checkpoints, memoised on disk by a hash of their whole recipe.
+
+An entry is one safetensors file: the weights in float16, and in its header the recipe, the fingerprint of the code that
+made it, the training history and a checksum of the weights. An entry is used only if all of that agrees with what is asked for; one that does
+not is an error, never a silent substitute.
+
+Two folders are searched: ``build/store`` (whatever was trained here) and ``data/laptop/checkpoints`` (committed, so that a first run
+takes minutes). ``$S2D_STORE`` names a single folder instead: the committed entries are then not looked at.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tokenize
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from s2d.lab.files import read_tensors, write_tensors
+from s2d.lab.paths import repository_root
+from s2d.lab.training import Recipe, train
+
+# What decides the weights and the history. The regularizer's files count only for recipes that use it.
+TRAINING_CODE = ("lab/data.py", "lab/models.py", "lab/training.py", "outliers.py")
+S2D_CODE = ("layers.py", "pcdr.py", "regularizer.py", "spectral.py")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained checkpoint.
+
+    Attributes:
+        recipe: what was asked for.
+        weights: name to float16 tensor.
+        history: one row a measurement (step, loss, validation_accuracy, excess_kurtosis, neuron_kurtosis, max_abs).
+    """
+
+    recipe: Recipe
+    weights: dict[str, Tensor]
+    history: list[dict[str, float]]
+
+    def model(self) -> nn.Module:
+        """The model with these weights, float32, in evaluation mode."""
+        model = self.recipe.model.build(0)
+        model.load_state_dict({name: tensor.float() for name, tensor in self.weights.items()})
+        return model.eval()
+
+
+def _code_only(path: Path) -> str:
+    """Source text without comments, docstrings and blank lines: what can change a result."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            for row in range(docstring.lineno - 1, docstring.end_lineno):
+                lines[row] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+@cache
+def code_fingerprint(with_s2d: bool) -> str:
+    """Hash of the code that a training run depends on; comments and docstrings do not count."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for name in TRAINING_CODE + (S2D_CODE if with_s2d else ()):
+        digest.update(f"{name}\n{_code_only(package / name)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _uses_s2d(recipe: Recipe) -> bool:
+    return recipe.s2d is not None or (recipe.start is not None and _uses_s2d(recipe.start))
+
+
+def recipe_key(recipe: Recipe) -> str:
+    """The hash that names an entry: recipe (with all it starts from) and code."""
+    identity = {"recipe": recipe.as_dict(), "code": code_fingerprint(_uses_s2d(recipe))}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file_name(recipe: Recipe) -> str:
+    kind = "finetune" if recipe.start is not None else "pretrain"
+    method = recipe.optimizer.name + ("-s2d" if recipe.s2d is not None else "")
+    return f"{kind}-{method}-seed{recipe.seed}-{recipe_key(recipe)}.safetensors"
+
+
+def _checksum(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else bytes(str(tensor.item()), "ascii"))
+    return digest.hexdigest()
+
+
+def committed_folder() -> Path:
+    """The committed entries."""
+    return repository_root() / "data" / "laptop" / "checkpoints"
+
+
+def store_folders() -> list[Path]:
+    """The folders searched, the one written to first."""
+    if os.environ.get("S2D_STORE"):
+        return [Path(os.environ["S2D_STORE"])]
+    return [repository_root() / "build" / "store", committed_folder()]
+
+
+def find(recipe: Recipe) -> Trained | None:
+    """The stored result of a recipe, or None when there is none.
+
+    Raises:
+        ValueError: if an entry has the right name but is truncated, foreign, or of another architecture.
+    """
+    for folder in store_folders():
+        path = folder / _file_name(recipe)
+        if path.exists():
+            return _load(path, recipe)
+    return None
+
+
+def _load(path: Path, recipe: Recipe) -> Trained:
+    weights, metadata = read_tensors(path)
+    if metadata.get("key") != recipe_key(recipe) or metadata.get("recipe") != recipe.as_dict():
+        raise ValueError(f"{path} holds the result of another recipe than its name says: delete it and run again")
+    if metadata.get("checksum") != _checksum(weights):
+        raise ValueError(f"{path} is damaged (its weights do not match their checksum): delete it and run again")
+    expected = {name: tuple(tensor.shape) for name, tensor in recipe.model.build(0).state_dict().items()}
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != expected:
+        raise ValueError(f"{path} is of another architecture than {recipe.model}: delete it and run again")
+    return Trained(recipe, weights, metadata["history"])
+
+
+def _train_and_store(recipe: Recipe, progress=lambda steps: None) -> None:
+    """Train one recipe whose start, if any, is stored already."""
+    start = None
+    if recipe.start is not None:
+        found = find(recipe.start)
+        if found is None:
+            raise ValueError(f"the checkpoint to fine-tune is not in the store: {_file_name(recipe.start)}")
+        start = found.weights
+    path = store_folders()[0] / _file_name(recipe)
+    partial = path.with_suffix(".partial")
+    weights, history = train(recipe, start, partial=partial, progress=progress)
+    metadata = {
+        "key": recipe_key(recipe),
+        "recipe": recipe.as_dict(),
+        "code": code_fingerprint(_uses_s2d(recipe)),
+        "checksum": _checksum(weights),
+        "torch": torch.__version__,
+        "history": history,
+    }
+    write_tensors(path, weights, metadata)
+
+
+_counter = None  # steps done by all workers; set in each worker by its initializer
+
+
+def _start_worker(counter) -> None:
+    global _counter
+    _counter = counter
+    torch.set_num_threads(1)
+
+
+def _work(recipe: Recipe) -> None:
+    def progress(steps: int) -> None:
+        with _counter.get_lock():
+            _counter.value += steps
+
+    _train_and_store(recipe, progress)
+
+
+def _with_starts(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes and everything they start from, each once, starts first."""
+    ordered: dict[str, Recipe] = {}
+    for recipe in recipes:
+        for needed in [*(_with_starts([recipe.start]) if recipe.start is not None else []), recipe]:
+            ordered.setdefault(recipe_key(needed), needed)
+    return list(ordered.values())
+
+
+def obtain(recipes: Sequence[Recipe], *, workers: int | None = None) -> list[Trained]:
+    """The results of some recipes: from the store where they are there, trained (in parallel processes) where not.
+
+    Training shows one progress bar over all runs. It can be interrupted; the next call resumes each unfinished run.
+
+    Args:
+        recipes: what is wanted.
+        workers: training processes; by default ``$S2D_WORKERS`` or the number of cores. One thread each.
+
+    Returns:
+        One result a recipe, in order.
+
+    Raises:
+        ValueError: see :func:`find` and :func:`s2d.lab.training.train`.
+        RuntimeError: if a training process dies.
+
+    Example:
+        >>> from s2d.lab.recipes import pretraining
+        >>> obtain([pretraining("adamw", seed=0)])[0].recipe.optimizer.name  # from the committed store
+        'adamw'
+    """
+    missing = [recipe for recipe in _with_starts(recipes) if find(recipe) is None]
+    if missing:
+        workers = workers or int(os.environ.get("S2D_WORKERS") or os.cpu_count() or 1)
+        if any(recipe.device != "cpu" for recipe in missing):
+            workers = 1  # runs on one accelerator follow each other
+        _train_all(missing, workers)
+    return [find(recipe) for recipe in recipes]
+
+
+def _train_all(missing: list[Recipe], workers: int) -> None:
+    from tqdm import tqdm
+
+    keys = {recipe_key(recipe) for recipe in missing}
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    total = sum(recipe.steps for recipe in missing)
+    pool = ProcessPoolExecutor(min(workers, len(missing)), context, initializer=_start_worker, initargs=(counter,))
+    # No bar is redrawn more than every few seconds: in a log each redraw is a line.
+    bar = tqdm(total=total, unit="step", desc=f"training {len(missing)} runs", file=sys.stderr, mininterval=5)
+    waiting, running = list(missing), {}
+    try:
+        while waiting or running:
+            for recipe in list(waiting):
+                # A run can begin once what it starts from is stored.
+                if recipe.start is None or recipe_key(recipe.start) not in keys:
+                    running[pool.submit(_work, recipe)] = recipe
+                    waiting.remove(recipe)
+            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            bar.update(counter.value - bar.n)
+            for future in done:
+                recipe = running.pop(future)
+                try:
+                    future.result()
+                except BrokenProcessPool as error:
+                    raise RuntimeError(
+                        f"a training process died (out of memory?) during {_file_name(recipe)}; run again to resume"
+                    ) from error
+                keys.discard(recipe_key(recipe))
+    finally:
+        bar.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((pool._processes or {}).values()) if running else []:
+            process.terminate()  # an interrupted run resumes from its last save
+
+
+def publish(recipes: Sequence[Recipe]) -> list[Path]:
+    """Make the committed folder hold exactly the given recipes (and what they start from), copied from the store.
+
+    Raises:
+        ValueError: if one of them has not been trained.
+    """
+    wanted = {}
+    for recipe in _with_starts(recipes):
+        source = next((f / _file_name(recipe) for f in store_folders() if (f / _file_name(recipe)).exists()), None)
+        if source is None:
+            raise ValueError(f"{_file_name(recipe)} is not in the store: train it first (make figures)")
+        _load(source, recipe)
+        wanted[_file_name(recipe)] = source.read_bytes()
+    folder = committed_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.safetensors"):
+        if path.name not in wanted:
+            path.unlink()
+    from s2d.lab.files import write_atomically
+
+    for name, content in wanted.items():
+        if not (folder / name).exists() or (folder / name).read_bytes() != content:
+            write_atomically(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
+    return sorted(folder / name for name in wanted)
+
+
+if __name__ == "__main__":
+    from s2d.lab.recipes import laptop_recipes
+
+    for published in publish(laptop_recipes()):
+        print(published.relative_to(repository_root()), f"{published.stat().st_size / 1e6:.2f} MB")

@@ -1,0 +1,236 @@
+"""Training one recipe: a plain loop that can be interrupted anywhere and resumes as if it had not been.
+
+This file is part of a stored checkpoint's identity (see :mod:`s2d.lab.store`): it holds what decides the weights and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2d.lab.data import ClutteredDigits
+from s2d.lab.files import read_tensors, write_tensors
+from s2d.lab.models import DigitsViT
+from s2d.outliers import watch_activations
+
+MEASURE_IMAGES = 256  # calibration images on which activations are measured during training
+VALIDATION_IMAGES = 800
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Optimizer recipe; ``betas`` are AdamW's, ``momentum`` is SGD's, ``clip`` bounds the gradient norm (0: off)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "sgd"):
+            raise ValueError(f"unknown optimizer {self.name!r}: choose 'adamw' or 'sgd'")
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}: it must be positive")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The torch optimizer over the model's parameters; biases, norms and embeddings are not decayed."""
+        from timm.optim import param_groups_weight_decay
+
+        groups = param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=model.no_weight_decay())
+        if self.name == "adamw":
+            return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a trained checkpoint.
+
+    Attributes:
+        seed: seed of the initial weights (when there is no ``start``) and of the training stream.
+        steps: optimizer steps; the learning rate warms up linearly over ``warmup`` of them, then follows a cosine to 0.
+        start: the recipe whose result is fine-tuned, or None to train from scratch.
+        s2d: keyword arguments of :class:`s2d.SelectiveSpectralDecay`, or None to train without it.
+    """
+
+    seed: int
+    steps: int
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    warmup: int = 200
+    batch_size: int = 64
+    data: ClutteredDigits = field(default_factory=ClutteredDigits)
+    model: DigitsViT = field(default_factory=DigitsViT)
+    start: Recipe | None = None
+    s2d: dict[str, Any] | None = None
+    measure_every: int = 250
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.measure_every < 1:
+            raise ValueError(
+                f"steps={self.steps}, batch_size={self.batch_size}, measure_every={self.measure_every}: all must be >= 1"
+            )
+        if self.data.canvas != self.model.image_size:
+            raise ValueError(f"canvas {self.data.canvas} and model image_size {self.model.image_size} must be equal")
+        if self.start is not None and self.start.model != self.model:
+            raise ValueError(f"cannot fine-tune {self.start.model} as {self.model}: the architectures differ")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then cosine to zero."""
+    if step < recipe.warmup:
+        return recipe.optimizer.lr * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.optimizer.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
+    """Fraction of images whose largest logit is the label."""
+    model.eval()
+    device = next(model.parameters()).device
+    hits = sum(
+        (model(x.to(device)).argmax(-1).cpu() == y).sum().item()
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    )
+    return hits / len(labels)
+
+
+@torch.inference_mode()
+def residual_statistics(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Kurtosis and largest magnitude of the residual stream (block outputs), as means and maxima over blocks."""
+    model.eval()
+    with watch_activations(dict(model.blocks.named_children())) as watched:
+        model(images.to(next(model.parameters()).device))
+    summaries = [statistics.summary() for statistics in watched.values()]
+    return {
+        "excess_kurtosis": sum(s.excess_kurtosis for s in summaries) / len(summaries),
+        "neuron_kurtosis": sum(s.neuron_kurtosis for s in summaries) / len(summaries),
+        "max_abs": max(s.max_abs for s in summaries),
+    }
+
+
+def train(
+    recipe: Recipe,
+    start: dict[str, Tensor] | None = None,
+    *,
+    partial: Path | None = None,
+    save_every: int = 500,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Train one recipe to its end.
+
+    Args:
+        recipe: what to train.
+        start: weights to fine-tune; required exactly when ``recipe.start`` is set.
+        partial: where to keep the unfinished run; when the file exists the run continues from it, on CPU bit for bit as
+            if never stopped. It is removed at the end.
+        save_every: steps between saves of the unfinished run.
+        progress: called with the number of steps just done.
+
+    Returns:
+        The weights rounded to float16 (the precision of the paper's full-precision baselines and of the stored
+        checkpoints), and the history: one row every ``measure_every`` steps.
+
+    Raises:
+        ValueError: when ``start`` does not fit the recipe, or the loss becomes non-finite.
+    """
+    if (start is None) != (recipe.start is None):
+        raise ValueError("start weights must be given exactly when the recipe has a start")
+    model = recipe.model.build(recipe.seed)
+    if start is not None:
+        model.load_state_dict({name: tensor.float() for name, tensor in start.items()})
+    model.to(recipe.device)
+    optimizer = recipe.optimizer.build(model)
+    decay = None
+    if recipe.s2d is not None:
+        from s2d.regularizer import SelectiveSpectralDecay
+
+        decay = SelectiveSpectralDecay(model, **recipe.s2d)
+        decay.attach(optimizer)
+
+    first, history = 0, []
+    if partial is not None and partial.exists():
+        first, history = _load_partial(partial, model, optimizer, decay)
+        progress(first)
+    calibration, _ = recipe.data.fixed_set("calibration", MEASURE_IMAGES)
+    validation, validation_labels = recipe.data.fixed_set("validation", VALIDATION_IMAGES)
+
+    def measure(step: int, loss: float) -> None:
+        row = {"step": step, "loss": loss, "validation_accuracy": accuracy(model, validation, validation_labels)}
+        history.append(row | residual_statistics(model, calibration))
+
+    step = first
+    try:
+        for step in range(first, recipe.steps):
+            if partial is not None and step > first and step % save_every == 0:
+                _save_partial(partial, step, history, model, optimizer, decay)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step)
+            images, labels = recipe.data.training_batch(recipe.batch_size, seed=recipe.seed, step=step)
+            model.train()
+            loss = F.cross_entropy(model(images.to(recipe.device)), labels.to(recipe.device))
+            if step % recipe.measure_every == 0:
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise ValueError(f"the loss is {value} at step {step}: lower lr={recipe.optimizer.lr}")
+                measure(step, value)
+                model.train()
+            loss.backward()
+            if recipe.optimizer.clip > 0:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress(1)
+    except KeyboardInterrupt:
+        # A step that was cut short may have changed the weights: only saves at step boundaries are trusted.
+        raise KeyboardInterrupt(f"interrupted at step {step}; run again to resume") from None
+    final = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: tensor.float() for name, tensor in final.items()})
+    measure(recipe.steps, loss.item())
+    if not all(tensor.isfinite().all() for tensor in final.values()):
+        raise ValueError(f"the weights are not finite after training: lower lr={recipe.optimizer.lr}")
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    return final, history
+
+
+def _save_partial(path, step, history, model, optimizer, decay) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
+    if decay is not None:
+        tensors |= {f"decay.{name}": value for name, value in decay.state_dict().items()}
+    write_tensors(path, tensors, {"step": step, "history": history})
+
+
+def _load_partial(path, model, optimizer, decay) -> tuple[int, list[dict[str, float]]]:
+    tensors, metadata = read_tensors(path)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if decay is not None:
+        decay.load_state_dict(part("decay."))
+    return metadata["step"], metadata["history"]

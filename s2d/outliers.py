@@ -1,0 +1,238 @@
+"""Activation outliers: streaming kurtosis and extremes, and the outlier activations themselves.
+
+Appendix C of the paper argues from the kurtosis of activations; appendix E (Table 7) reports their largest magnitude.
+PCDR (:mod:`s2d.pcdr`) is evaluated at the outlier activations that :class:`OutlierRows` keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ActivationSummary(NamedTuple):
+    """What :class:`ActivationStatistics` knows after its last update; all dimensionless but ``max_abs``.
+
+    Attributes:
+        count: number of entries seen.
+        mean: mean of the entries.
+        std: standard deviation of the entries (population).
+        excess_kurtosis: entry-wise excess kurtosis, 0 for a normal distribution.
+        neuron_kurtosis: ``E_j[s_j^4] / E_j[s_j^2]^2`` over channels, from 1 (all alike) to the width (one channel).
+        max_abs: largest magnitude, in the units of the activation.
+    """
+
+    count: int
+    mean: float
+    std: float
+    excess_kurtosis: float
+    neuron_kurtosis: float
+    max_abs: float
+
+
+def excess_kurtosis(x: Tensor) -> float:
+    r"""Entry-wise excess kurtosis of a tensor, in float64.
+
+    .. math:: \frac{E[(x - \mu)^4]}{E[(x - \mu)^2]^2} - 3
+
+    Args:
+        x: any shape, at least one entry.
+
+    Returns:
+        0 for normal data, -1.2 for uniform, 0 by convention for a constant tensor.
+
+    Raises:
+        ValueError: for an empty or non-finite tensor.
+
+    Example:
+        >>> round(excess_kurtosis(torch.tensor([1.0, -1.0])), 6)
+        -2.0
+
+    Paper: appendix C.
+    """
+    return _summary_of(x).excess_kurtosis
+
+
+def neuron_kurtosis(x: Tensor) -> float:
+    r"""How unevenly the magnitude is spread over channels.
+
+    .. math:: \frac{E_j[s_j^4]}{E_j[s_j^2]^2}, \qquad s_j^2 = E_\text{tokens}[x_j^2]
+
+    Args:
+        x: ``(..., width)``; the last dimension holds the channels.
+
+    Returns:
+        From 1 (every channel alike) to ``width`` (a single channel carries everything); 1 for a zero tensor.
+
+    Raises:
+        ValueError: for an empty or non-finite tensor.
+
+    Example:
+        >>> neuron_kurtosis(torch.eye(4)[:1])
+        4.0
+
+    Paper: appendix C (reference [6] there).
+    """
+    return _summary_of(x).neuron_kurtosis
+
+
+def _summary_of(x: Tensor) -> ActivationSummary:
+    statistics = ActivationStatistics()
+    statistics.update(x)
+    return statistics.summary()
+
+
+class ActivationStatistics:
+    """Moments of activations, merged over batches without storing them.
+
+    Central moments are merged pairwise (Pebay 2008) in float64, so a large mean does not swallow the spread.
+
+    Example:
+        >>> statistics = ActivationStatistics()
+        >>> for batch in torch.arange(12.0).reshape(3, 2, 2):
+        ...     statistics.update(batch)
+        >>> statistics.summary().max_abs
+        11.0
+
+    Paper: appendix C and Table 7.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = self._m2 = self._m3 = self._m4 = 0.0
+        self._max_abs = 0.0
+        self._square_sum: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add one batch ``(..., width)``; raises ValueError if it is empty, non-finite or of another width."""
+        x = x.detach()
+        if x.numel() == 0 or x.ndim == 0:
+            raise ValueError(f"activations of shape {tuple(x.shape)}: expected (..., width) with at least one entry")
+        # MPS has no float64; everything else computes the moments where the data is.
+        x = x.cpu().double() if x.device.type == "mps" else x.double()
+        max_abs = x.abs().max().item()
+        if not max_abs < float("inf"):
+            raise ValueError("activations hold NaN or infinity: find the first layer that makes them before measuring")
+        square_sum = x.square().reshape(-1, x.shape[-1]).sum(0).cpu()
+        if self._square_sum is not None and self._square_sum.shape != square_sum.shape:
+            raise ValueError(f"activations have width {x.shape[-1]}, earlier batches had {len(self._square_sum)}")
+        self._square_sum = square_sum if self._square_sum is None else self._square_sum + square_sum
+        self._max_abs = max(self._max_abs, max_abs)
+
+        n_a, n_b = self.count, x.numel()
+        mean_b = x.mean().item()
+        centred = x - mean_b
+        squared = centred.square()
+        m2_b, m3_b, m4_b = squared.sum().item(), (squared * centred).sum().item(), squared.square().sum().item()
+        n = n_a + n_b
+        d = mean_b - self._mean
+        m2_a, m3_a, m4_a = self._m2, self._m3, self._m4
+        self._m4 = (
+            m4_a
+            + m4_b
+            + d**4 * n_a * n_b * (n_a**2 - n_a * n_b + n_b**2) / n**3
+            + 6 * d**2 * (n_a**2 * m2_b + n_b**2 * m2_a) / n**2
+            + 4 * d * (n_a * m3_b - n_b * m3_a) / n
+        )
+        self._m3 = m3_a + m3_b + d**3 * n_a * n_b * (n_a - n_b) / n**2 + 3 * d * (n_a * m2_b - n_b * m2_a) / n
+        self._m2 = m2_a + m2_b + d**2 * n_a * n_b / n
+        self._mean += d * n_b / n
+        self.count = n
+
+    def summary(self) -> ActivationSummary:
+        """The statistics so far; raises ValueError before the first update."""
+        if self.count == 0 or self._square_sum is None:
+            raise ValueError("no activations seen yet: call update() first")
+        variance = self._m2 / self.count
+        kurtosis = self._m4 / self.count / variance**2 - 3.0 if variance > 0 else 0.0
+        energy = self._square_sum / self._square_sum.sum() if self._square_sum.sum() > 0 else None
+        # With p_j = s_j^2 / sum s^2 the ratio is width * sum p^2, which neither over- nor underflows.
+        spread = float(len(energy) * energy.square().sum()) if energy is not None else 1.0
+        return ActivationSummary(self.count, self._mean, variance**0.5, kurtosis, spread, self._max_abs)
+
+
+@contextmanager
+def watch_activations(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, ActivationStatistics]]:
+    """Collect :class:`ActivationStatistics` of the outputs of some modules while the context is open.
+
+    Args:
+        modules: name to module; each must return one tensor.
+
+    Yields:
+        Name to statistics, filled by every forward pass inside the context.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> with watch_activations({"layer": layer}) as statistics:
+        ...     _ = layer(torch.ones(4, 2))
+        >>> statistics["layer"].count
+        12
+
+    Paper: appendix C.
+    """
+    statistics = {name: ActivationStatistics() for name in modules}
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: statistics[name].update(output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class OutlierRows:
+    """The outlier activations of one linear layer: the largest ``|y_ij|`` seen, with the inputs that made them.
+
+    Only ``capacity`` rows are kept, so a layer costs ``capacity * in_features`` numbers however many tokens pass.
+
+    Args:
+        capacity: how many activations to keep.
+
+    Attributes:
+        magnitude: ``(r,)`` the ``|y_ij|``, largest first, ``r <= capacity``.
+        neuron: ``(r,)`` the output index i of each.
+        x: ``(r, in_features)`` the input x_j of each.
+
+    Paper: main text, PCDR ("outlier activations"; second-hand).
+    """
+
+    def __init__(self, capacity: int = 16) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}: keep at least one outlier")
+        self.capacity = capacity
+        self.magnitude: Tensor | None = None
+        self.neuron: Tensor | None = None
+        self.x: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.magnitude is None else len(self.magnitude)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Merge one forward pass.
+
+        Args:
+            x: layer input ``(..., in_features)``.
+            y: layer output without its bias ``(..., out_features)``, same leading shape.
+        """
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if y.numel() == 0:
+            return
+        magnitude, flat = y.abs().flatten().topk(min(self.capacity, y.numel()))
+        neuron, rows = flat % y.shape[1], x[flat // y.shape[1]]
+        if self.magnitude is not None:
+            magnitude = torch.cat([self.magnitude, magnitude])
+            neuron, rows = torch.cat([self.neuron, neuron]), torch.cat([self.x, rows])
+            magnitude, keep = magnitude.topk(min(self.capacity, len(magnitude)))
+            neuron, rows = neuron[keep], rows[keep]
+        self.magnitude, self.neuron, self.x = magnitude, neuron, rows
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.magnitude = self.neuron = self.x = None
