@@ -41,14 +41,79 @@ def sources(name):
 
 
 RUN = (
-    "S2D_STORE={params.store} S2D_WORKERS={workflow.cores} "
-    + sys.executable
-    + " -m s2d.lab.notebook run {input[0]} {output.notebook} --params {input[1]}"
+    f"S2D_STORE={STORE} S2D_WORKERS={workflow.cores} {sys.executable} -m s2d.lab.notebook run "
+    "{input[0]} {output.notebook} --params {input[1]}"
 )
 
-TABLES = {
-    "01_outlier_origins": ["origins_history", "origins_outliers", "origins_histogram", "origins_ptq"],
-    "02_bound_and_pcdr": ["bound", "pcdr_layers"],
-    "03_s2d_finetuning": ["finetuning_layers", "finetuning_spectra", "finetuning_outliers"],
-    "04_ptq_evaluation": ["ptq"],
-}
+FIGURES = [
+    "origins_kurtosis", "origins_histogram", "bound_tightness", "pcdr_layers",
+    "finetuning_spectra", "finetuning_layers", "ptq_accuracy", "measured_and_reported",
+]
+
+
+rule all:
+    input:
+        executed("05_figures"),
+
+
+rule outlier_origins:
+    input:
+        sources("01_outlier_origins"),
+    output:
+        tables("origins_history", "origins_outliers", "origins_histogram", "origins_ptq"),
+        notebook=executed("01_outlier_origins"),
+    threads: TRAINING_THREADS
+    shell:
+        RUN
+
+
+# The next two rules start from the checkpoints that the first one leaves in the store, the fourth from the third's.
+rule bound_and_pcdr:
+    input:
+        sources("02_bound_and_pcdr"),
+        executed("01_outlier_origins"),
+    output:
+        tables("bound", "pcdr_layers"),
+        notebook=executed("02_bound_and_pcdr"),
+    shell:
+        RUN
+
+
+rule s2d_finetuning:
+    input:
+        sources("03_s2d_finetuning"),
+        executed("01_outlier_origins"),
+    output:
+        tables("finetuning_layers", "finetuning_spectra", "finetuning_outliers"),
+        notebook=executed("03_s2d_finetuning"),
+    threads: TRAINING_THREADS
+    shell:
+        RUN
+
+
+rule ptq_evaluation:
+    input:
+        sources("04_ptq_evaluation"),
+        executed("03_s2d_finetuning"),
+    output:
+        tables("ptq"),
+        notebook=executed("04_ptq_evaluation"),
+    shell:
+        RUN
+
+
+rule figures:
+    input:
+        sources("05_figures"),
+        "s2d/lab/plotting.py",
+        "s2d/lab/paper.py",
+        rules.outlier_origins.output,
+        rules.bound_and_pcdr.output,
+        rules.s2d_finetuning.output,
+        rules.ptq_evaluation.output,
+        sorted(map(str, Path("data/paper").glob("*.csv"))),
+    output:
+        expand("figures/{scale}/{name}.{kind}", scale=SCALE, name=FIGURES, kind=["svg", "png"]),
+        notebook=executed("05_figures"),
+    shell:
+        RUN

@@ -18,7 +18,8 @@ def linear_layers(
 
     Without ``include``, a layer counts when it lies inside a *block*: an entry of a list of at least two modules of the
     same class, such as timm's ``blocks.N``. A model without blocks gives all its Linear layers. A weight shared by
-    several layers appears once, under its first name.
+    several layers appears once, under its first name. ``nn.MultiheadAttention`` reads the weight of its ``out_proj`` without
+    calling the layer, so nothing can be watched there and it does not count.
 
     Args:
         model: any module.
@@ -37,7 +38,7 @@ def linear_layers(
 
     Paper: "for layer l = 1 to L" in Algorithm 1; the paper's tables report FFN layers.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if _is_called(module)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no nn.Linear layer, and S2D acts on those")
     if include is None:
@@ -53,6 +54,11 @@ def linear_layers(
     return {n: m for n, m in chosen.items() if id(m.weight) not in seen and not seen.add(id(m.weight))}
 
 
+def _is_called(module: nn.Module) -> bool:
+    """Whether a module is a Linear layer whose inputs a hook can see (MultiheadAttention's ``out_proj`` is not)."""
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Name prefixes of the entries of repeated-block containers; Linear entries are layers, not blocks."""
     prefixes = []
@@ -60,22 +66,17 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
         classes = [type(child) for child in module.children()]
-        repeated = {c for c in classes if classes.count(c) > 1 and any(True for _ in _linears_of(module, c))}
+        repeated = {c for c in classes if classes.count(c) > 1 and _holds_linear(module, c)}
         prefixes += [
             f"{name}.{key}." if name else f"{key}." for key, child in module.named_children() if type(child) in repeated
         ]
     return tuple(prefixes)
 
 
-def _linears_of(container: nn.Module, block_class: type) -> list[nn.Module]:
-    """Linear layers strictly inside the children of one class."""
-    return [
-        inner
-        for child in container.children()
-        if type(child) is block_class
-        for inner in child.modules()
-        if isinstance(inner, nn.Linear) and inner is not child
-    ]
+def _holds_linear(container: nn.Module, block_class: type) -> bool:
+    """Whether a child of that class holds a Linear layer (a Linear itself is a layer, not a block)."""
+    children = [child for child in container.children() if type(child) is block_class]
+    return any(isinstance(inner, nn.Linear) and inner is not child for child in children for inner in child.modules())
 
 
 def _matches(name: str, patterns: str | Sequence[str], names: dict[str, nn.Linear]) -> bool:

@@ -148,7 +148,9 @@ class ActivationStatistics:
         if self.count == 0 or self._square_sum is None:
             raise ValueError("no activations seen yet: call update() first")
         variance = self._m2 / self.count
-        kurtosis = self._m4 / self.count / variance**2 - 3.0 if variance > 0 else 0.0
+        # A constant leaves rounding noise for a variance, and noise has a kurtosis of its own.
+        constant = variance <= (2.0**-48 * self._max_abs) ** 2
+        kurtosis = 0.0 if constant else self._m4 / self.count / variance**2 - 3.0
         energy = self._square_sum / self._square_sum.sum() if self._square_sum.sum() > 0 else None
         # With p_j = s_j^2 / sum s^2 the ratio is width * sum p^2, which neither over- nor underflows.
         spread = float(len(energy) * energy.square().sum()) if energy is not None else 1.0

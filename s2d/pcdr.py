@@ -63,7 +63,7 @@ def activation_pcdr(
     x = x.to(matrix)
     partial = (u[neuron] * s * (x @ v)).cumsum(dim=1)
     total = (matrix[neuron] * x).sum(dim=1, keepdim=True)
-    return partial.abs() / total.abs()
+    return partial.abs() / total.abs().masked_fill(total == 0, float("nan"))
 
 
 def spectral_pcdr(weight: Tensor, *, k_max: int = 3, triplets: SingularTriplets | None = None) -> Tensor:

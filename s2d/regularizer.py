@@ -109,7 +109,7 @@ class SelectiveSpectralDecay:
         criterion: ``"activation"`` (PCDR at the outlier activations of the training forward passes themselves),
             ``"spectral"`` (share of squared spectral mass) or ``"all"`` (no selection: k_max components of every layer).
         coefficients: ``"cached"`` singular values of the last refresh, as in the paper, or ``"live"``: re-read each step
-            along the cached vectors, ``max(u^T W v, 0)``, which cannot push a component past zero.
+            along the cached vectors, ``max(u^T W v, 0)``, so a component that is gone is no longer pushed.
         coupling: ``"gradient"`` as in the paper, so AdamW normalises the penalty with the gradient, or ``"decoupled"``:
             subtracted from the weight times the learning rate, as AdamW does with weight decay.
         include, exclude: see :func:`s2d.layers.linear_layers`.
@@ -150,7 +150,9 @@ class SelectiveSpectralDecay:
         if not (math.isfinite(lam) and lam >= 0):
             raise ValueError(f"lam is {lam}: it must be finite and not negative")
         if not (math.isfinite(power) and power > 0):
-            raise ValueError(f"power is {power}: it must be positive; 2 is the paper's, 1 is plain L2 on the components")
+            raise ValueError(
+                f"power is {power}: it must be positive; 2 is the paper's, 1 is plain L2 on the components"
+            )
         if not 0 < tau <= 1:
             raise ValueError(f"tau is {tau}: a dominance ratio lies in (0, 1]")
         if k_max is not None and (not isinstance(k_max, int) or k_max < 1):
@@ -199,10 +201,15 @@ class SelectiveSpectralDecay:
                 f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}): build it from model.parameters(), "
                 "or leave those layers out with exclude="
             )
-        self._handles.append(optimizer.register_step_pre_hook(lambda opt, _args, _kwargs: self._before_step(opt)))
+        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         if self.criterion == "activation":
             self._handles += [
-                watched.layer.register_forward_hook(lambda module, args, output, w=watched: self._watch(w, args[0], output))
+                watched.layer.register_forward_hook(
+                    lambda module, args, kwargs, output, watched=watched: self._watch(
+                        watched, args[0] if args else kwargs["input"], output
+                    ),
+                    with_kwargs=True,
+                )
                 for watched in self._watched.values()
             ]
 
@@ -218,7 +225,18 @@ class SelectiveSpectralDecay:
             watched.rows.update(x.detach(), output.detach() if bias is None else output.detach() - bias.detach())
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Algorithm 1, lines 6 to 20, between ``backward()`` and the optimizer's own update."""
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            raise ValueError(
+                "optimizer.step(closure) computes the gradient anew after the penalty is added, and would lose it: "
+                "call closure() yourself, then step() without it"
+            )
+        # GradScaler leaves these two on a fused optimizer, which unscales inside its own step.
+        if getattr(optimizer, "found_inf", None) is not None and float(optimizer.found_inf):
+            return  # the optimizer will skip this step, and so do we
+        scale = getattr(optimizer, "grad_scale", None)
+        scale = 1.0 if scale is None else float(scale)
         if self.steps % self.refresh_every == 0:
             self.refresh()
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -227,9 +245,11 @@ class SelectiveSpectralDecay:
             if watched.rank is None or weight.grad is None:  # a frozen or unused layer stays as it is
                 continue
             selected = watched.selected()
-            coefficients = (self.live_singular_values(watched) if self.coefficients == "live" else selected.s) ** self.power
+            coefficients = (
+                self.live_singular_values(watched) if self.coefficients == "live" else selected.s
+            ) ** self.power
             if self.coupling == "gradient":
-                add_spectral_penalty_(weight.grad, selected, coefficients, scale=self.lam)
+                add_spectral_penalty_(weight.grad, selected, coefficients, scale=self.lam * scale)
             else:
                 rate = float(rates[id(weight)])
                 add_spectral_penalty_(weight, selected, coefficients, scale=-rate * self.lam)
@@ -307,12 +327,15 @@ class SelectiveSpectralDecay:
         Raises:
             ValueError: if the state is of other layers or other shapes; nothing is changed then.
         """
-        names = {key.rpartition(".")[0] for key in state} - {""}
+        names = {key.rpartition(".")[0] for key in state if key != "steps"}
         missing = names ^ set(self._watched) if names else set()
         if "steps" not in state or missing:
             raise ValueError(
                 f"the state is of another model or another choice of layers: {', '.join(sorted(missing)[:3]) or 'no steps'}"
             )
+        lacking = [f"{n}.{f}" for n in names for f in ("u", "s", "v", "pcdr", "rank") if f"{n}.{f}" not in state]
+        if lacking:
+            raise ValueError(f"the state lacks {', '.join(lacking[:3])}: it was cut short")
         for name in names:
             shape = (state[f"{name}.u"].shape[0], state[f"{name}.v"].shape[0])
             if shape != tuple(self._watched[name].layer.weight.shape):

@@ -53,7 +53,7 @@ def as_matrix(weight: Tensor, name: str = "weight") -> Tensor:
     if weight.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}: it has no entries")
     matrix = weight.detach()
-    if matrix.dtype in (torch.float16, torch.bfloat16):
+    if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     if not torch.isfinite(matrix).all():
         bad = int((~torch.isfinite(matrix)).sum())
@@ -107,25 +107,45 @@ def top_singular_triplets(
     block = k + oversample
     if min(m, n) < max(FULL_SVD_BELOW, 2 * block):
         return _full_svd(matrix, k)
+    # A power of two is exact, and keeps the squares inside the residual from leaving the range of float32.
+    exponent = math.frexp(matrix.abs().max().item())[1]
+    matrix = _times_power_of_two(matrix, -exponent)
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(n, block, generator=generator, dtype=matrix.dtype).to(matrix.device)
     if warm_start is not None:
         kept = min(block, warm_start.v.shape[1])
         v[:, :kept] = warm_start.v[:, :kept].to(matrix)
-    for _ in range(max_iterations):
+    runner_up = None
+    for iteration in range(1, max_iterations + 1):
         q, _ = torch.linalg.qr(matrix @ v)
         # Rayleigh-Ritz on the range of q: W^T u_r = s_r v_r then holds by construction, so one residual tells all.
         left, s, right = torch.linalg.svd(q.T @ matrix, full_matrices=False)
         u, v = q @ left, right.T
         residual = torch.linalg.vector_norm(matrix @ v[:, :k] - u[:, :k] * s[:k], dim=0).max()
-        if residual <= tol * s[0]:
-            return SingularTriplets(u[:, :k].contiguous(), s[:k].contiguous(), v[:, :k].contiguous())
-    return _full_svd(matrix, k)
+        # Vectors kept from the last refresh can still be exact while another component has overtaken them; the random
+        # columns beside them need a few iterations to show it, by a next singular value that still rises.
+        settled = warm_start is None or (iteration >= 5 and s[k] - runner_up <= 1e-3 * s[0])
+        runner_up = s[k]
+        if settled and residual <= tol * s[0]:
+            return _owned(u[:, :k], _times_power_of_two(s[:k], exponent), v[:, :k])
+    u, s, v = _full_svd(matrix, k)
+    return SingularTriplets(u, _times_power_of_two(s, exponent), v)
 
 
 def _full_svd(matrix: Tensor, k: int) -> SingularTriplets:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return SingularTriplets(u[:, :k].contiguous(), s[:k].contiguous(), vh[:k].T.contiguous())
+    return _owned(u[:, :k], s[:k], vh[:k].T)
+
+
+def _owned(u: Tensor, s: Tensor, v: Tensor) -> SingularTriplets:
+    """Copies: a view would keep the whole factor alive for as long as the triplets are cached."""
+    return SingularTriplets(*(part.clone(memory_format=torch.contiguous_format) for part in (u, s, v)))
+
+
+def _times_power_of_two(x: Tensor, exponent: int) -> Tensor:
+    """``x * 2**exponent`` in two exact steps, because 2**exponent alone may be out of range."""
+    half = exponent // 2
+    return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)
 
 
 class SpectralNormBounds(NamedTuple):
@@ -182,8 +202,7 @@ def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormB
     if largest == 0.0:
         return SpectralNormBounds(0.0, 0.0)
     _, exponent = math.frexp(largest)
-    # Two exact half-scalings, because 2^-exponent alone overflows for subnormal matrices.
-    a = torch.ldexp(torch.ldexp(matrix, torch.tensor(-(exponent // 2))), torch.tensor(-(exponent - exponent // 2)))
+    a = _times_power_of_two(matrix, -exponent)
     a = a if a.shape[0] >= a.shape[1] else a.T
     lower, upper = _scaled_bounds(a, rtol)
     return SpectralNormBounds(_scale(lower, exponent, down=True), _scale(upper, exponent, down=False))

@@ -133,7 +133,9 @@ def gather_outliers(model: nn.Module, images: Tensor, *, capacity: int = 16) -> 
 
 
 @torch.no_grad()
-def layer_statistics(trained: Trained, *, images: int = CALIBRATION_IMAGES, k_max: int = 3, outliers: int = 16) -> pd.DataFrame:
+def layer_statistics(
+    trained: Trained, *, images: int = CALIBRATION_IMAGES, k_max: int = 3, outliers: int = 16
+) -> pd.DataFrame:
     """The columns of Table 7 for every watched layer, and both forms of PCDR.
 
     Args:

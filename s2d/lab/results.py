@@ -77,7 +77,9 @@ def load_table(name: str, *, run: str) -> pd.DataFrame:
         path = root / _table_folder(run) / f"{name}.csv"
         if path.exists():
             return pd.read_csv(path)
-    raise FileNotFoundError(f"no table data/{run}/{name}.csv: run `make figures SCALE={run}` or the notebook that writes it")
+    raise FileNotFoundError(
+        f"no table data/{run}/{name}.csv: run `make figures SCALE={run}` or the notebook that writes it"
+    )
 
 
 def load_sources(names: list[str], *, run: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Recipe:
 
     Attributes:
         seed: seed of the initial weights (when there is no ``start``) and of the training stream.
-        steps: optimizer steps; the learning rate warms up linearly over ``warmup`` of them, then follows a cosine to 0.
+        steps: optimizer steps; the learning rate rises linearly over ``warmup`` of them and falls linearly to 0 over the last fifth.
         start: the recipe whose result is fine-tuned, or None to train from scratch.
         s2d: keyword arguments of :class:`s2d.SelectiveSpectralDecay`, or None to train without it.
     """
@@ -92,11 +92,10 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then cosine to zero."""
-    if step < recipe.warmup:
-        return recipe.optimizer.lr * (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.optimizer.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    """Linear warm-up, a plateau, and a linear descent to zero over the last fifth."""
+    rise = (step + 1) / max(1, recipe.warmup)
+    fall = (recipe.steps - step) / max(1, recipe.steps // 5)
+    return recipe.optimizer.lr * min(rise, 1.0, fall)
 
 
 @torch.inference_mode()

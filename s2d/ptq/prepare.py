@@ -22,7 +22,9 @@ class QuantizedLinear(nn.Module):
         mode: ``"float"`` (quantizers off), ``"observe"`` or ``"quantized"``.
     """
 
-    def __init__(self, linear: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None) -> None:
+    def __init__(
+        self, linear: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
+    ) -> None:
         super().__init__()
         self.linear, self.weight_quantizer, self.input_quantizer = linear, weight_quantizer, input_quantizer
         self.mode = "float"
