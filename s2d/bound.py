@@ -40,9 +40,9 @@ def check_bound(model: nn.Module, batch: Tensor, *, layers: Mapping[str, nn.Line
     .. math:: \|W x\|_2 \le \sigma_{\max}(W) \|x\|_2
 
     The bias is not part of the theorem, so ``y - b`` is compared. The right-hand side uses a guaranteed upper end
-    (:func:`s2d.spectral.spectral_norm_bounds`), never an estimate from below. What the layer's own arithmetic can add is
-    allowed for: inputs, weight and output rounded to the precision of the output, and n products summed in float32 (float64
-    for float64), as every backend sums half precision. So a reported violation is a real one.
+    (:func:`s2d.spectral.spectral_norm_bounds`), never an estimate from below. What the layer's own arithmetic can add
+    is allowed for: inputs, weight and output rounded to the precision of the output, and n products summed in float32
+    (float64 for float64), as every backend sums half precision. So a reported violation is a real one.
 
     Args:
         model: any module; left in the mode it is in, gradients off.
@@ -103,7 +103,7 @@ def check_bound(model: nn.Module, batch: Tensor, *, layers: Mapping[str, nn.Line
 
 
 def _rounding_allowance(layer: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """How far rounding can lift ``||y - b||``, as a function of ``||x||`` and ``||y - b||``, for outputs of one dtype."""
+    """How far rounding can lift ``||y - b||``, by ``||x||`` and ``||y - b||``, for outputs of one dtype."""
     info = torch.finfo(dtype)
     unit = info.eps / 2
     summation = unit if dtype == torch.float64 else min(unit, 2.0**-24)

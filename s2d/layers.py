@@ -18,8 +18,8 @@ def linear_layers(
 
     Without ``include``, a layer counts when it lies inside a *block*: an entry of a list of at least two modules of the
     same class, such as timm's ``blocks.N``. A model without blocks gives all its Linear layers. A weight shared by
-    several layers appears once, under its first name. ``nn.MultiheadAttention`` reads the weight of its ``out_proj`` without
-    calling the layer, so nothing can be watched there and it does not count.
+    several layers appears once, under its first name. ``nn.MultiheadAttention`` reads the weight of its ``out_proj``
+    without calling the layer, so nothing can be watched there and it does not count.
 
     Args:
         model: any module.

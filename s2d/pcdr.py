@@ -1,7 +1,8 @@
 """PCDR, the Principal Component Dominance Ratio: how much of an outlier the top singular components make.
 
 Two forms carry the name. The *activation* form looks at the outlier activations themselves (main text, second-hand; the
-numbers of Table 7 are of this form). The *spectral* form, ``PCDR(Sigma, k')`` of Algorithm 1 line 9, looks at the weight alone.
+numbers of Table 7 are of this form). The *spectral* form, ``PCDR(Sigma, k')`` of Algorithm 1 line 9, looks at the
+weight alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def activation_pcdr(
 ) -> Tensor:
     r"""PCDR of single activations, unclipped.
 
-    .. math:: \mathrm{PCDR}_k(i,j) = \frac{|\sum_{r \le k} \sigma_r U_{ir} (v_r \cdot x_j)|}{|\sum_r \sigma_r U_{ir} (v_r \cdot x_j)|}
+    .. math::
+        \mathrm{PCDR}_k(i,j) =
+        \frac{|\sum_{r \le k} \sigma_r U_{ir} (v_r \cdot x_j)|}{|\sum_r \sigma_r U_{ir} (v_r \cdot x_j)|}
 
     A ratio of magnitudes: not monotone in k, and above 1 where later components cancel the top ones. The denominator
     is ``|W[i] . x_j|``, so only the top ``k_max`` triplets are needed.

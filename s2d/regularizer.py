@@ -95,9 +95,9 @@ class _WatchedLayer:
 class SelectiveSpectralDecay:
     """Selective Spectral Decay as Algorithm 1 prints it, attached to an optimizer by its step hook.
 
-    Every ``refresh_every`` optimizer steps it finds the top singular triplets of each watched layer, decides by PCDR how
-    many of them make the layer's outliers, and keeps them; at every step it adds their penalty to the gradient (after
-    any clipping, since that happens before ``optimizer.step()``) or, decoupled, to the weight.
+    Every ``refresh_every`` optimizer steps it finds the top singular triplets of each watched layer, decides by PCDR
+    how many of them make the layer's outliers, and keeps them; at every step it adds their penalty to the gradient
+    (after any clipping, since that happens before ``optimizer.step()``) or, decoupled, to the weight.
 
     Args:
         model: the model in training.
@@ -107,9 +107,10 @@ class SelectiveSpectralDecay:
         k_max: how many top components are considered; None means every component.
         refresh_every: optimizer steps between refreshes.
         criterion: ``"activation"`` (PCDR at the outlier activations of the training forward passes themselves),
-            ``"spectral"`` (share of squared spectral mass) or ``"all"`` (no selection: k_max components of every layer).
-        coefficients: ``"cached"`` singular values of the last refresh, as in the paper, or ``"live"``: re-read each step
-            along the cached vectors, ``max(u^T W v, 0)``, so a component that is gone is no longer pushed.
+            ``"spectral"`` (share of squared spectral mass) or ``"all"`` (no selection: k_max components of every
+            layer).
+        coefficients: ``"cached"`` singular values of the last refresh, as in the paper, or ``"live"``: re-read each
+            step along the cached vectors, ``max(u^T W v, 0)``, so a component that is gone is no longer pushed.
         coupling: ``"gradient"`` as in the paper, so AdamW normalises the penalty with the gradient, or ``"decoupled"``:
             subtracted from the weight times the learning rate, as AdamW does with weight decay.
         include, exclude: see :func:`s2d.layers.linear_layers`.
@@ -219,7 +220,7 @@ class SelectiveSpectralDecay:
             self._handles.pop().remove()
 
     def _watch(self, watched: _WatchedLayer, x: Tensor, output: Tensor) -> None:
-        """Gather outliers in the forward passes of a refresh step only; evaluation runs without gradients and is ignored."""
+        """Gather outliers in the forward passes of a refresh step only; evaluation, without gradients, is ignored."""
         if torch.is_grad_enabled() and self.steps % self.refresh_every == 0:
             bias = watched.layer.bias
             watched.rows.update(x.detach(), output.detach() if bias is None else output.detach() - bias.detach())
@@ -331,7 +332,8 @@ class SelectiveSpectralDecay:
         missing = names ^ set(self._watched) if names else set()
         if "steps" not in state or missing:
             raise ValueError(
-                f"the state is of another model or another choice of layers: {', '.join(sorted(missing)[:3]) or 'no steps'}"
+                "the state is of another model or another choice of layers: "
+                f"{', '.join(sorted(missing)[:3]) or 'no steps'}"
             )
         lacking = [f"{n}.{f}" for n in names for f in ("u", "s", "v", "pcdr", "rank") if f"{n}.{f}" not in state]
         if lacking:

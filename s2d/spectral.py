@@ -73,8 +73,8 @@ def top_singular_triplets(
     r"""The k largest singular triplets, by block subspace iteration or, for small matrices, a full SVD.
 
     The iteration stops when every wanted residual satisfies
-    :math:`\|W v_r - s_r u_r\|_2 \le \text{tol} \cdot s_1`; if it has not after ``max_iterations``, the full SVD answers.
-    The starting block is drawn from a fixed seed, so the result is deterministic.
+    :math:`\|W v_r - s_r u_r\|_2 \le \text{tol} \cdot s_1`; if it has not after ``max_iterations``, the full SVD
+    answers. The starting block is drawn from a fixed seed, so the result is deterministic.
 
     Args:
         weight: ``(out_features, in_features)``, any floating dtype; half precision is computed in float32.
@@ -162,7 +162,8 @@ def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormB
     violations that are not there. Here the upper end is certified by a Cholesky factorisation.
 
     **Lower.** For any vector, :math:`\|Av\| / \|v\| \le s_1`. A computed product satisfies
-    :math:`\|\mathrm{fl}(Av) - Av\| \le \gamma_n \|A\|_F \|v\|` with :math:`\gamma_n = nu/(1-nu)`, and this is subtracted.
+    :math:`\|\mathrm{fl}(Av) - Av\| \le \gamma_n \|A\|_F \|v\|` with :math:`\gamma_n = nu/(1-nu)`, and this is
+    subtracted.
 
     **Upper.** Let :math:`\hat G` be the computed :math:`A^T A`, so :math:`\|\hat G - A^T A\|_2 \le \gamma_m \|A\|_F^2`.
     If the Cholesky factorisation of :math:`\hat M = \mathrm{fl}(cI - \hat G)` runs to completion, its factor satisfies
@@ -172,8 +173,8 @@ def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormB
     .. math:: s_1^2 \le c + u c + \tfrac{\gamma_{n+1}}{1-\gamma_{n+1}} n c + \gamma_m \|A\|_F^2 .
 
     The candidate :math:`c` comes from block subspace iteration; if the factorisation fails, the iteration goes on and
-    the margin doubles, and :math:`c = \|A\|_F^2` always succeeds. All is computed in float64 on the matrix scaled by a power of
-    two, which is exact, so nothing overflows and underflow is below the terms added for it.
+    the margin doubles, and :math:`c = \|A\|_F^2` always succeeds. All is computed in float64 on the matrix scaled by a
+    power of two, which is exact, so nothing overflows and underflow is below the terms added for it.
 
     Args:
         weight: ``(out_features, in_features)``, any floating dtype.
@@ -247,7 +248,7 @@ def _scaled_bounds(a: Tensor, rtol: float) -> tuple[float, float]:
 
 
 def _subspace_iteration(gram: Tensor, block: Tensor, iterations: int) -> tuple[float, Tensor]:
-    """Largest Ritz value of a positive semidefinite matrix, and the block rotated so that its first column belongs to it."""
+    """Largest Ritz value of a positive semidefinite matrix, and the block rotated so that its column is first."""
     for _ in range(iterations):
         block, _ = torch.linalg.qr(gram @ block)
     values, vectors = torch.linalg.eigh(block.T @ gram @ block)

@@ -93,16 +93,12 @@ class ClutteredDigits:
             corner = rng.integers(0, SOURCE_SIZE - self.fragment_size + 1, size=(n, 2))
             rows = corner[:, 0, None, None] + span[None, :, None]
             paste(images[other[:, None, None], rows, corner[:, 1, None, None] + span[None, None, :]], over=False)
-        import os
-
-        paste(images[digit], over=not os.environ.get("MAXO"))
+        paste(images[digit], over=True)
         # Centred and scaled by constants rather than by measured moments, so no split leaks into another.
-        return torch.from_numpy(
-            (canvas - float(os.environ.get("MU", "0.15"))) / float(os.environ.get("SD", "0.3"))
-        ).unsqueeze(1)
+        return torch.from_numpy((canvas - 0.15) / 0.3).unsqueeze(1)
 
     def training_batch(self, batch_size: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of one training step: a pure function of the seed and the step, so a resumed run sees the same data.
+        """The batch of one training step: a pure function of seed and step, so a resumed run sees the same data.
 
         Args:
             batch_size: number of images.
@@ -112,13 +108,6 @@ class ClutteredDigits:
         Returns:
             Images ``(batch_size, 1, canvas, canvas)`` and labels ``(batch_size,)``.
         """
-        import os
-
-        if os.environ.get("KFIX"):
-            if not hasattr(self, "_cache"):
-                object.__setattr__(self, "_cache", self.fixed_set("train", 1100 * int(os.environ["KFIX"]), seed=seed))
-            i = torch.from_numpy(np.random.default_rng([seed, step]).integers(0, len(self._cache[0]), size=batch_size))
-            return self._cache[0][i], self._cache[1][i]
         rng = np.random.default_rng([seed, step])
         pool = split_indices("train")
         digit = pool[rng.integers(0, len(pool), size=batch_size)]

@@ -145,7 +145,8 @@ def layer_statistics(
         outliers: activations a layer, the largest, over which the (unclipped) activation form is averaged.
 
     Returns:
-        Columns layer, sigma_1.., max_abs (output without bias), excess_kurtosis (of the output), pcdr_k, spectral_pcdr_k.
+        Columns layer, sigma_1.., max_abs (output without bias), excess_kurtosis (of the output), pcdr_k,
+        spectral_pcdr_k.
     """
     model = trained.model()
     x, _ = trained.recipe.data.fixed_set("calibration", images)

@@ -10,7 +10,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class DigitsViT:
-    """The model recipe; every field goes to ``timm.models.vision_transformer.VisionTransformer``.
+    """The model recipe: a ``timm.models.vision_transformer.VisionTransformer``, pre-norm, with a class token.
+
+    The gains and shifts of its LayerNorms stay at 1 and 0, as in OLMo. A network this small otherwise learns a small
+    gain for every outlier channel within minutes, and so hides from its Linear layers what large ones do not hide.
 
     Attributes:
         image_size: side of the square image, in pixels.
@@ -36,7 +39,7 @@ class DigitsViT:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return VisionTransformer(
+            model = VisionTransformer(
                 img_size=self.image_size,
                 patch_size=self.patch_size,
                 in_chans=1,
@@ -45,3 +48,7 @@ class DigitsViT:
                 depth=self.depth,
                 num_heads=self.heads,
             )
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.requires_grad_(False)
+        return model

@@ -15,11 +15,12 @@ def repository_root() -> Path:
     root = Path(__file__).resolve().parents[2]
     if not (root / "notebooks").is_dir():
         raise FileNotFoundError(
-            f"the lab needs the repository (notebooks/, data/), and {root} has none: clone it and pip install -e '.[lab]'"
+            f"the lab needs the repository (notebooks/, data/), and {root} has none: clone it and pip install "
+            "-e '.[lab]'"
         )
     return root
 
 
 def output_root() -> Path:
-    """Where tables and figures are written: the repository, or ``$S2D_OUTPUT`` (tests do not touch committed results)."""
+    """Where tables and figures are written: the repository, or ``$S2D_OUTPUT`` (tests spare the committed results)."""
     return Path(os.environ.get("S2D_OUTPUT") or repository_root())

@@ -73,3 +73,182 @@ def save_figure(figure: Figure, name: str, *, run: str, source: Mapping[str, Any
         paths.append(path)
     plt.close(figure)
     return paths
+
+
+def sample_digits(images, labels, columns: int = 8) -> Figure:
+    """A strip of images with their labels: what the network is asked."""
+    figure, axes = plt.subplots(1, columns, figsize=(1.1 * columns, 1.4))
+    for axis, image, label in zip(axes, images, labels, strict=False):
+        axis.imshow(image[0], cmap="gray_r", interpolation="nearest")
+        axis.set_title(str(int(label)), loc="center")
+        axis.set_axis_off()
+    return figure
+
+
+def _mean_line(axis, table: pd.DataFrame, x: str, y: str, variant: str, **style) -> None:
+    """Mean over seeds as a line, the range over seeds as a band."""
+    groups = table.groupby(x)[y]
+    mean, low, high = groups.mean(), groups.min(), groups.max()
+    axis.plot(mean.index, mean, color=COLOURS[variant], label=variant, **style)
+    axis.fill_between(mean.index, low, high, color=COLOURS[variant], alpha=0.18, linewidth=0)
+
+
+def origins_kurtosis(history: pd.DataFrame) -> Figure:
+    """Excess kurtosis over training, and against the validation accuracy reached: AdamW and SGD."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for variant, table in history.groupby("variant", sort=False):
+        _mean_line(left, table, "step", "excess_kurtosis", variant)
+        right.scatter(
+            table.validation_accuracy,
+            table.excess_kurtosis,
+            s=18,
+            alpha=0.8,
+            color=COLOURS[variant],
+            marker=MARKERS[variant],
+            label=variant,
+        )
+    left.set(xlabel="optimizer step", ylabel="excess kurtosis of the residual stream", title="Over training")
+    right.set(xlabel="validation accuracy", title="At equal accuracy")
+    right.legend()
+    return figure
+
+
+def origins_histogram(histogram: pd.DataFrame) -> Figure:
+    """How far the activations of the last block reach, in standard deviations."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.2))
+    for variant, table in histogram.groupby("variant", sort=False):
+        share = table["count"] / table["count"].sum()
+        axis.stairs(share, [*table.low, table.high.iloc[-1]], color=COLOURS[variant], label=variant, linewidth=1.6)
+    axis.set_yscale("log")
+    axis.set(xlabel="activation, in standard deviations", ylabel="share of entries", title="Output of the last block")
+    axis.legend()
+    return figure
+
+
+def accuracy_by_bits(ptq: pd.DataFrame, bits: list[str] | None = None) -> Figure:
+    """Test accuracy at every bit width; each seed a small marker, the mean a line."""
+    bits = [b for b in BIT_ORDER if b in set(ptq.bits)] if bits is None else bits
+    figure, axis = plt.subplots(figsize=(7.5, 3.8))
+    variants = list(ptq.variant.unique())
+    for index, variant in enumerate(variants):
+        table = ptq[ptq.variant == variant]
+        # A small sideways shift keeps the seeds of one variant from hiding another's.
+        shift = 0.08 * (index - (len(variants) - 1) / 2)
+        mean = table.groupby("bits").accuracy.mean()
+        axis.plot(
+            [i + shift for i in range(len(bits))],
+            [100 * mean[b] for b in bits],
+            color=COLOURS[variant],
+            marker=MARKERS[variant],
+            label=variant,
+        )
+        for i, b in enumerate(bits):
+            values = 100 * table[table.bits == b].accuracy
+            axis.scatter([i + shift] * len(values), values, s=9, color=COLOURS[variant], alpha=0.5)
+    axis.set_xticks(range(len(bits)), bits)
+    axis.set(xlabel="weights and activations (RTN)", ylabel="test accuracy (%)", title="Accuracy after quantization")
+    axis.legend()
+    return figure
+
+
+def bound_tightness(bound: pd.DataFrame) -> Figure:
+    """How close each layer comes to its bound: largest gain over certified spectral norm, one point a seed."""
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    layers = list(dict.fromkeys(bound.layer))
+    for variant, table in bound.groupby("variant", sort=False):
+        positions = [layers.index(layer) for layer in table.layer]
+        axis.scatter(positions, table.tightness, color=COLOURS[variant], marker=MARKERS[variant], s=24, label=variant)
+    axis.axhline(1.0, color="black", linewidth=1, linestyle="--")
+    axis.text(len(layers) - 0.6, 1.0, "the bound", va="bottom", ha="right")
+    axis.set_xticks(range(len(layers)), layers, rotation=60, ha="right")
+    axis.set(ylim=(0, 1.12), ylabel="largest gain / certified $\\sigma_1$", title="Theorem 1, layer by layer")
+    axis.legend(loc="lower left", ncols=2)
+    return figure
+
+
+def pcdr_layers(layers: pd.DataFrame, taus: tuple[float, ...] = (0.95, 0.6)) -> Figure:
+    """Both forms of PCDR_3 for every layer of the AdamW checkpoints, with thresholds."""
+    table = layers[layers.variant == "AdamW"].groupby("layer", sort=False)[["pcdr_3", "spectral_pcdr_3"]]
+    mean, low, high = table.mean(), table.min(), table.max()
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    for shift, (column, colour, label) in zip(
+        (-0.2, 0.2),
+        (
+            ("pcdr_3", COLOURS["AdamW"], "activation form, at the outliers"),
+            ("spectral_pcdr_3", COLOURS["SGD"], "spectral form, of the weight"),
+        ),
+        strict=True,
+    ):
+        positions = [i + shift for i in range(len(mean))]
+        spread = [mean[column] - low[column], high[column] - mean[column]]
+        axis.bar(positions, mean[column], 0.38, yerr=spread, color=colour, label=label, error_kw={"linewidth": 1})
+    for tau in taus:
+        axis.axhline(tau, color="black", linewidth=0.8, linestyle=":")
+        axis.text(len(mean) - 0.4, tau, f"$\\tau$ = {tau}", va="bottom", ha="right", fontsize="small")
+    axis.set_xticks(range(len(mean)), mean.index, rotation=60, ha="right")
+    axis.set(ylabel="PCDR$_3$", title="Which layers make their outliers with three components")
+    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.5), ncols=2)
+    return figure
+
+
+def finetuning_spectra(spectra: pd.DataFrame, layers: list[str]) -> Figure:
+    """Singular values of a few layers after each kind of fine-tuning, mean over seeds."""
+    figure, axes = plt.subplots(1, len(layers), figsize=(3.1 * len(layers), 3.2), sharey=True)
+    for axis, layer in zip(axes, layers, strict=True):
+        for variant, table in spectra[spectra.layer == layer].groupby("variant", sort=False):
+            _mean_line(axis, table, "index", "sigma", variant)
+        axis.set(xlabel="index", title=layer, xscale="log")
+    axes[0].set(ylabel="singular value")
+    axes[-1].legend()
+    return figure
+
+
+def finetuning_layers(layers: pd.DataFrame) -> Figure:
+    """Table 7 in shape: PCDR_1, largest activation and largest singular value of the FFN layers, by variant."""
+    ffn = layers[layers.layer.str.contains("mlp")]
+    columns = {"pcdr_1": "PCDR$_1$", "max_abs": "largest |activation|", "sigma_1": "largest singular value"}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8))
+    for axis, (column, label) in zip(axes, columns.items(), strict=True):
+        sns.pointplot(
+            ffn,
+            x="layer",
+            y=column,
+            hue="variant",
+            palette=COLOURS,
+            markers=[MARKERS[v] for v in ffn.variant.unique()],
+            linestyle="none",
+            dodge=0.5,
+            errorbar=lambda x: (x.min(), x.max()),
+            err_kws={"linewidth": 1},
+            markersize=5,
+            ax=axis,
+            legend=axis is axes[0],
+        )
+        axis.set(xlabel="", ylabel="", title=label)
+        axis.set_xticks(axis.get_xticks(), [t.get_text().replace("blocks.", "").replace(".mlp", "") for t in
+                        axis.get_xticklabels()], rotation=60, ha="right")  # fmt: skip
+    axes[1].set_yscale("log")
+    sns.move_legend(axes[0], "upper left", bbox_to_anchor=(0, -0.25), ncols=4, title=None)
+    return figure
+
+
+def measured_and_reported(ptq: pd.DataFrame, reported: pd.DataFrame) -> Figure:
+    """Table 6 beside ours: what PCDR buys, on the paper's model and on the laptop's.
+
+    Args:
+        ptq: our table, several variants and bit widths.
+        reported: the paper's, columns variant, bits, value (%).
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    order = ["AdamW", "No PCDR", "S2D"]
+    sns.barplot(reported, x="bits", y="value", hue="variant", hue_order=order, palette=COLOURS, errorbar=None, ax=left)
+    ours = ptq[ptq.variant.isin(order) & (ptq.bits != "FP")].assign(value=lambda t: 100 * t.accuracy)
+    ours = ours.assign(bits=pd.Categorical(ours.bits, [b for b in BIT_ORDER if b in set(ours.bits)], ordered=True))
+    sns.barplot(
+        ours, x="bits", y="value", hue="variant", hue_order=order, palette=COLOURS, errorbar=lambda x: (x.min(), x.max()),
+        err_kws={"linewidth": 1}, legend=False, ax=right,
+    )  # fmt: skip
+    left.set(title="Reported: SigLIP2-B, ImageNet, ERQ", xlabel="", ylabel="accuracy (%)")
+    right.set(title="Measured: laptop ViT, cluttered digits, RTN", xlabel="")
+    sns.move_legend(left, "upper left", bbox_to_anchor=(0, -0.12), ncols=3, title=None)
+    return figure

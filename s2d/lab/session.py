@@ -9,7 +9,7 @@ import torch
 
 
 def begin(seed: int) -> None:
-    """Seed Python, NumPy and torch, use one thread (small models are faster so, and sums have one order), set the style.
+    """Seed Python, NumPy and torch, use one thread (faster for small models, and sums have one order), set the style.
 
     Args:
         seed: any non-negative integer.

@@ -1,11 +1,12 @@
 """Trained checkpoints, memoised on disk by a hash of their whole recipe.
 
 An entry is one safetensors file: the weights in float16, and in its header the recipe, the fingerprint of the code that
-made it, the training history and a checksum of the weights. An entry is used only if all of that agrees with what is asked for; one that does
-not is an error, never a silent substitute.
+made it, the training history and a checksum of the weights. An entry is used only if all of that agrees with what is
+asked for; one that does not is an error, never a silent substitute.
 
-Two folders are searched: ``build/store`` (whatever was trained here) and ``data/laptop/checkpoints`` (committed, so that a first run
-takes minutes). ``$S2D_STORE`` names a single folder instead: the committed entries are then not looked at.
+Two folders are searched: ``build/store`` (whatever was trained here) and ``data/laptop/checkpoints`` (committed, so
+that a first run takes minutes). ``$S2D_STORE`` names a single folder instead: the committed entries are then not looked
+at.
 """
 
 from __future__ import annotations

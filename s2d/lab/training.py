@@ -59,7 +59,8 @@ class Recipe:
 
     Attributes:
         seed: seed of the initial weights (when there is no ``start``) and of the training stream.
-        steps: optimizer steps; the learning rate rises linearly over ``warmup`` of them and falls linearly to 0 over the last fifth.
+        steps: optimizer steps; the learning rate rises linearly over ``warmup`` of them and falls linearly to 0 over
+            the last fifth.
         start: the recipe whose result is fine-tuned, or None to train from scratch.
         s2d: keyword arguments of :class:`s2d.SelectiveSpectralDecay`, or None to train without it.
     """
@@ -79,7 +80,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.measure_every < 1:
             raise ValueError(
-                f"steps={self.steps}, batch_size={self.batch_size}, measure_every={self.measure_every}: all must be >= 1"
+                f"steps={self.steps}, batch_size={self.batch_size}, measure_every={self.measure_every}: "
+                "each must be at least 1"
             )
         if self.data.canvas != self.model.image_size:
             raise ValueError(f"canvas {self.data.canvas} and model image_size {self.model.image_size} must be equal")
@@ -172,6 +174,8 @@ def train(
 
     def measure(step: int, loss: float) -> None:
         row = {"step": step, "loss": loss, "validation_accuracy": accuracy(model, validation, validation_labels)}
+        if decay is not None:
+            row["selected_layers"] = sum(layer.rank is not None for layer in decay.report())
         history.append(row | residual_statistics(model, calibration))
 
     step = first

@@ -18,8 +18,8 @@ def quantize(
 ) -> nn.Module:
     """A quantized copy of a model: every Linear layer's weight and input, the head included.
 
-    LayerNorm, softmax, GELU, residual sums, embeddings, biases, the patch convolution and the attention products stay in floating
-    point.
+    LayerNorm, softmax, GELU, residual sums, embeddings, biases, the patch convolution and the attention products stay
+    in floating point.
 
     Args:
         model: left untouched.

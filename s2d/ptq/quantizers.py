@@ -6,6 +6,7 @@ in :mod:`s2d.ptq` talks to that interface only.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -33,26 +34,26 @@ def check_bits(n_bits: int, name: str = "n_bits") -> int:
     return n_bits
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """The interface: ``observe`` calibration data, ``freeze``, then ``codes``, ``dequantize`` and ``forward``."""
 
     n_bits: int
 
+    @abstractmethod
     def observe(self, x: Tensor) -> None:
         """Take calibration data into account."""
-        raise NotImplementedError  # noqa: this is the abstract interface
 
+    @abstractmethod
     def freeze(self) -> None:
         """Fix the grid from what was observed; raises ValueError when nothing was."""
-        raise NotImplementedError
 
+    @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
         """The integer code of every entry."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantize(self, codes: Tensor) -> Tensor:
         """The value each code stands for."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantization: to the nearest representable value and back."""
@@ -62,7 +63,9 @@ class Quantizer(nn.Module):
 class AffineQuantizer(Quantizer):
     r"""Uniform quantizer with min-max calibration.
 
-    .. math:: q = \mathrm{clamp}\big(\mathrm{round}(x / \Delta) + z,\ q_{\min},\ q_{\max}\big), \qquad \hat x = \Delta (q - z)
+    .. math::
+        q = \mathrm{clamp}\big(\mathrm{round}(x / \Delta) + z,\ q_{\min},\ q_{\max}\big), \qquad
+        \hat x = \Delta (q - z)
 
     Asymmetric: codes 0 to 2^b - 1, the range is widened to hold zero so that zero is exact. Symmetric: codes
     -2^(b-1) + 1 to 2^(b-1) - 1, z = 0.
