@@ -23,7 +23,7 @@ TRAINING_THREADS = workflow.cores if FROM == "scratch" or SCALE != "laptop" else
 CORE = [f"s2d/{name}.py" for name in ("bound", "layers", "outliers", "pcdr", "regularizer", "spectral")]
 PTQ = sorted(map(str, Path("s2d/ptq").glob("*.py")))
 LAB = [f"s2d/lab/{name}.py" for name in (
-    "data", "evaluate", "files", "models", "notebook", "paths", "recipes", "results", "session", "store", "training",
+    "data", "evaluate", "files", "models", "notebook", "paths", "plotting", "recipes", "results", "session", "store", "training",
 )]
 
 
@@ -105,7 +105,7 @@ rule ptq_evaluation:
 rule figures:
     input:
         sources("05_figures"),
-        "s2d/lab/plotting.py",
+        "s2d/lab/claims.py",
         "s2d/lab/paper.py",
         rules.outlier_origins.output,
         rules.bound_and_pcdr.output,
@@ -113,6 +113,7 @@ rule figures:
         rules.ptq_evaluation.output,
         sorted(map(str, Path("data/paper").glob("*.csv"))),
     output:
+        tables("claims"),
         expand("figures/{scale}/{name}.{kind}", scale=SCALE, name=FIGURES, kind=["svg", "png"]),
         notebook=executed("05_figures"),
     shell:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -24,6 +24,13 @@ CALIBRATION_IMAGES = 256
 Checkpoints = Mapping[str, Sequence[Trained]]  # variant -> one checkpoint a seed
 
 
+def _each(checkpoints: Checkpoints) -> Iterator[tuple[str, Trained]]:
+    """Every checkpoint with the name of its variant."""
+    for variant, trained_models in checkpoints.items():
+        for trained in trained_models:
+            yield variant, trained
+
+
 @torch.inference_mode()
 def logits_of(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
     """Logits of every image, in evaluation mode."""
@@ -38,9 +45,9 @@ def quantization_table(
     split: str = "test",
     images: int = TEST_IMAGES,
     calibration_images: int = CALIBRATION_IMAGES,
-    method: str = "rtn",
+    grids: Sequence[str] = ("symmetric", "asymmetric"),
 ) -> pd.DataFrame:
-    """Accuracy and relative logit error of every checkpoint at every bit width.
+    """Accuracy and relative logit error of every checkpoint at every bit width, under round-to-nearest.
 
     Args:
         checkpoints: variant to one checkpoint a seed.
@@ -48,30 +55,43 @@ def quantization_table(
         split: where accuracy is measured; hyper-parameters are chosen on ``validation``, results reported on ``test``.
         images: how many images of that split.
         calibration_images: how many images of the calibration split the quantizers see.
-        method: see :func:`s2d.ptq.quantize`.
+        grids: ``"symmetric"`` (no zero point), ``"asymmetric"`` (one more degree of freedom a tensor), or both.
 
     Returns:
-        Columns variant, seed, method, bits, split, images, accuracy, logit_error (``|q - fp|^2 / |fp|^2``).
+        Columns variant, seed, method, grid, bits, split, images, accuracy, logit_error (``|q - fp|^2 / |fp|^2``).
+
+    Raises:
+        ValueError: for an unknown grid or bit width, before anything is computed.
     """
+    widths = {name: parse_bits(name) for name in bits}
+    unknown = set(grids) - {"symmetric", "asymmetric"}
+    if unknown:
+        raise ValueError(f"unknown grid {unknown.pop()!r}: choose symmetric or asymmetric")
     rows = []
-    for variant, trained_models in checkpoints.items():
-        for trained in trained_models:
-            data, model = trained.recipe.data, trained.model()
-            x, y = data.fixed_set(split, images)
-            calibration, _ = data.fixed_set("calibration", calibration_images)
-            full = logits_of(model, x)
-            for name in bits:
-                w_bits, a_bits = parse_bits(name)
+    for variant, trained in _each(checkpoints):
+        data, model = trained.recipe.data, trained.model()
+        x, y = data.fixed_set(split, images)
+        calibration, _ = data.fixed_set("calibration", calibration_images)
+        full = logits_of(model, x)
+        for grid in grids:
+            for name, (w_bits, a_bits) in widths.items():
                 logits = full
                 if name != "FP":
-                    logits = logits_of(
-                        quantize(model, method=method, w_bits=w_bits, a_bits=a_bits, calibration=calibration), x
+                    quantized = quantize(
+                        model,
+                        method="rtn",
+                        w_bits=w_bits,
+                        a_bits=a_bits,
+                        calibration=calibration,
+                        symmetric=grid == "symmetric",
                     )
+                    logits = logits_of(quantized, x)
                 rows.append(
                     {
                         "variant": variant,
-                        "seed": trained.recipe.seed,
-                        "method": method,
+                        "seed": trained.seed,
+                        "method": "rtn",
+                        "grid": grid,
                         "bits": name,
                         "split": split,
                         "images": len(x),
@@ -88,16 +108,15 @@ def outlier_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES)
     Measured on calibration images; the test split stays for accuracies.
     """
     rows = []
-    for variant, trained_models in checkpoints.items():
-        for trained in trained_models:
-            model = trained.model()
-            x, _ = trained.recipe.data.fixed_set("calibration", images)
-            validation = trained.recipe.data.fixed_set("validation", 800)
-            rows.append(
-                {"variant": variant, "seed": trained.recipe.seed}
-                | residual_statistics(model, x)
-                | {"validation_accuracy": accuracy(model, *validation)}
-            )
+    for variant, trained in _each(checkpoints):
+        model = trained.model()
+        x, _ = trained.recipe.data.fixed_set("calibration", images)
+        validation = trained.recipe.data.fixed_set("validation", 800)
+        rows.append(
+            {"variant": variant, "seed": trained.seed}
+            | residual_statistics(model, x)
+            | {"validation_accuracy": accuracy(model, *validation)}
+        )
     return pd.DataFrame(rows)
 
 
@@ -105,9 +124,8 @@ def history_table(checkpoints: Checkpoints) -> pd.DataFrame:
     """Training histories, one row a measurement."""
     return pd.DataFrame(
         [
-            {"variant": variant, "seed": trained.recipe.seed} | row
-            for variant, trained_models in checkpoints.items()
-            for trained in trained_models
+            {"variant": variant, "seed": trained.seed} | row
+            for variant, trained in _each(checkpoints)
             for row in trained.history
         ]
     )
@@ -170,9 +188,8 @@ def layer_statistics(
 def layer_table(checkpoints: Checkpoints, **options) -> pd.DataFrame:
     """:func:`layer_statistics` of every checkpoint."""
     tables = [
-        layer_statistics(trained, **options).assign(variant=variant, seed=trained.recipe.seed)
-        for variant, trained_models in checkpoints.items()
-        for trained in trained_models
+        layer_statistics(trained, **options).assign(variant=variant, seed=trained.seed)
+        for variant, trained in _each(checkpoints)
     ]
     table = pd.concat(tables, ignore_index=True)
     return table[["variant", "seed", *[c for c in table.columns if c not in ("variant", "seed")]]]
@@ -181,11 +198,9 @@ def layer_table(checkpoints: Checkpoints, **options) -> pd.DataFrame:
 def bound_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
     """Theorem 1 checked layer by layer on calibration images."""
     rows = []
-    for variant, trained_models in checkpoints.items():
-        for trained in trained_models:
-            x, _ = trained.recipe.data.fixed_set("calibration", images)
-            for check in check_bound(trained.model(), x):
-                rows.append({"variant": variant, "seed": trained.recipe.seed} | check._asdict())
+    for variant, trained in _each(checkpoints):
+        x, _ = trained.recipe.data.fixed_set("calibration", images)
+        rows += [{"variant": variant, "seed": trained.seed} | c._asdict() for c in check_bound(trained.model(), x)]
     return pd.DataFrame(rows)
 
 
@@ -193,13 +208,10 @@ def bound_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -
 def spectra_table(checkpoints: Checkpoints) -> pd.DataFrame:
     """Every singular value of every watched layer: columns variant, seed, layer, index (from 1), sigma."""
     rows = []
-    for variant, trained_models in checkpoints.items():
-        for trained in trained_models:
-            for name, layer in linear_layers(trained.model()).items():
-                for index, sigma in enumerate(torch.linalg.svdvals(layer.weight).tolist(), start=1):
-                    rows.append(
-                        {"variant": variant, "seed": trained.recipe.seed, "layer": name, "index": index, "sigma": sigma}
-                    )
+    for variant, trained in _each(checkpoints):
+        for name, layer in linear_layers(trained.model()).items():
+            for index, sigma in enumerate(torch.linalg.svdvals(layer.weight).tolist(), start=1):
+                rows.append({"variant": variant, "seed": trained.seed, "layer": name, "index": index, "sigma": sigma})
     return pd.DataFrame(rows)
 
 

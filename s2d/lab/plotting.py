@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from s2d.lab.files import write_atomically
 from s2d.lab.paths import output_root
+from s2d.lab.results import load_sources
 
 # One colour a variant, in every figure; distinguishable with colour-blind eyes and in print.
 COLOURS = {
@@ -23,8 +23,16 @@ COLOURS = {
     "AdamW, tuned weight decay": "#edae49",
     "S2D": "#00798c",
     "No PCDR": "#8d6cab",
+    "Top 3 of every layer": "#2e4057",
 }
-MARKERS = {"SGD": "s", "AdamW": "o", "AdamW, tuned weight decay": "^", "S2D": "D", "No PCDR": "v"}
+MARKERS = {
+    "SGD": "s",
+    "AdamW": "o",
+    "AdamW, tuned weight decay": "^",
+    "S2D": "D",
+    "No PCDR": "v",
+    "Top 3 of every layer": "P",
+}
 BIT_ORDER = ["FP", "W8A8", "W6A6", "W5A5", "W4A4", "W3A3"]
 
 
@@ -51,16 +59,19 @@ def use_style() -> None:
     )
 
 
-def save_figure(figure: Figure, name: str, *, run: str, source: Mapping[str, Any]) -> list[Path]:
-    """Write ``figures/<run>/<name>.svg`` and ``.png``, their provenance in the file's own metadata.
+def save_figure(figure: Figure, name: str, *, run: str, tables: Sequence[str]) -> list[Path]:
+    """Write ``figures/<run>/<name>.svg`` and ``.png``, the provenance of their tables in the file's own metadata.
 
     Args:
-        figure: closed afterwards.
+        figure: left open, so that a notebook shows it.
         name: file stem.
         run: output label, usually the scale.
-        source: provenance, from :func:`s2d.lab.results.provenance` or ``load_sources``.
+        tables: the tables it was drawn from.
+
+    Returns:
+        The two paths.
     """
-    description = json.dumps(source, sort_keys=True)
+    description = json.dumps(load_sources(tables, run=run), sort_keys=True)
     # Date and Software would differ between runs and releases without the picture changing.
     metadata = {
         "svg": {"Date": None, "Description": description},
@@ -71,7 +82,6 @@ def save_figure(figure: Figure, name: str, *, run: str, source: Mapping[str, Any
         path = output_root() / "figures" / run / f"{name}.{suffix}"
         write_atomically(path, lambda temporary, entries=entries: figure.savefig(temporary, metadata=entries))
         paths.append(path)
-    plt.close(figure)
     return paths
 
 
@@ -245,9 +255,17 @@ def measured_and_reported(ptq: pd.DataFrame, reported: pd.DataFrame) -> Figure:
     ours = ptq[ptq.variant.isin(order) & (ptq.bits != "FP")].assign(value=lambda t: 100 * t.accuracy)
     ours = ours.assign(bits=pd.Categorical(ours.bits, [b for b in BIT_ORDER if b in set(ours.bits)], ordered=True))
     sns.barplot(
-        ours, x="bits", y="value", hue="variant", hue_order=order, palette=COLOURS, errorbar=lambda x: (x.min(), x.max()),
-        err_kws={"linewidth": 1}, legend=False, ax=right,
-    )  # fmt: skip
+        ours,
+        x="bits",
+        y="value",
+        hue="variant",
+        hue_order=order,
+        palette=COLOURS,
+        errorbar=lambda x: (x.min(), x.max()),
+        err_kws={"linewidth": 1},
+        legend=False,
+        ax=right,
+    )
     left.set(title="Reported: SigLIP2-B, ImageNet, ERQ", xlabel="", ylabel="accuracy (%)")
     right.set(title="Measured: laptop ViT, cluttered digits, RTN", xlabel="")
     sns.move_legend(left, "upper left", bbox_to_anchor=(0, -0.12), ncols=3, title=None)

@@ -9,8 +9,15 @@ from s2d.lab.training import Optimizer, Recipe
 SEEDS = (0, 1, 2)
 PRETRAIN_STEPS = {"adamw": 4000, "sgd": 3500}
 FINETUNE_STEPS = 1000
-VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", "S2D")
+VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", "Top 3 of every layer", "S2D")
 """Fine-tuning variants, in the order in which they are shown."""
+
+# The winners of `python -m s2d.lab.tuning` (data/laptop/tuning.csv), checked by tests/test_recipes.py.
+FINETUNE_LR = 3e-3
+RECIPE_WEIGHT_DECAY = 0.01
+TUNED_WEIGHT_DECAY = 0.2
+TUNED_LAM = {"No PCDR": 5e-4, "Top 3 of every layer": 5e-3, "S2D": 5e-3}
+TUNED_TAU = 0.6
 
 
 def pretraining(
@@ -56,3 +63,71 @@ def pretraining(
         measure_every=max(1, steps // 16),
         device=device,
     )
+
+
+def finetuning(
+    variant: str,
+    seed: int,
+    *,
+    steps: int = FINETUNE_STEPS,
+    pretrain_steps: int | None = None,
+    weight_decay: float | None = None,
+    lam: float | None = None,
+    tau: float | None = None,
+    refresh_every: int = 100,
+    **size,
+) -> Recipe:
+    """Fine-tuning of the AdamW checkpoint of one seed.
+
+    Args:
+        variant: one of ``VARIANTS``; a choice among them is a choice of weight decay and of S2D's criterion.
+        seed: seed of the pretraining; the fine-tuning draws its own images.
+        steps: optimizer steps.
+        pretrain_steps: see :func:`pretraining`.
+        weight_decay, lam, tau: other values than the variant's own; for tuning.
+        refresh_every: steps between S2D's refreshes.
+        **size: canvas, width, depth, device of :func:`pretraining`.
+
+    Raises:
+        ValueError: for an unknown variant, or a setting the variant does not have.
+
+    Example:
+        >>> finetuning("S2D", seed=0).s2d["criterion"]
+        'activation'
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    start = pretraining("adamw", seed, steps=pretrain_steps, **size)
+    if weight_decay is None:
+        weight_decay = TUNED_WEIGHT_DECAY if "tuned" in variant else RECIPE_WEIGHT_DECAY
+    s2d = None
+    if variant in TUNED_LAM:
+        s2d = {
+            "lam": TUNED_LAM[variant] if lam is None else lam,
+            "power": 2,
+            "tau": TUNED_TAU if tau is None else tau,
+            "k_max": None if variant == "No PCDR" else 3,
+            "refresh_every": refresh_every,
+            "criterion": "activation" if variant == "S2D" else "all",
+            "coefficients": "live",
+        }
+    elif lam is not None or tau is not None:
+        raise ValueError(f"{variant} has no lam or tau: those belong to {', '.join(TUNED_LAM)}")
+    return Recipe(
+        seed=1000 + seed,  # another stream of images than the pretraining's
+        steps=steps,
+        warmup=min(50, steps),
+        optimizer=Optimizer("adamw", lr=FINETUNE_LR, weight_decay=weight_decay, betas=start.optimizer.betas),
+        data=start.data,
+        model=start.model,
+        start=start,
+        s2d=s2d,
+        measure_every=max(1, steps // 10),
+        device=start.device,
+    )
+
+
+def laptop_recipes() -> list[Recipe]:
+    """Everything the notebooks train at their defaults: what the committed store holds."""
+    pretrained = [pretraining(optimizer, seed) for optimizer in PRETRAIN_STEPS for seed in SEEDS]
+    return pretrained + [finetuning(variant, seed) for variant in VARIANTS for seed in SEEDS]

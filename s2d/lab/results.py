@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def load_table(name: str, *, run: str) -> pd.DataFrame:
     )
 
 
-def load_sources(names: list[str], *, run: str) -> dict[str, Any]:
+def load_sources(names: Sequence[str], *, run: str) -> dict[str, Any]:
     """The provenance of several tables, for the figures drawn from them."""
     sources = {}
     for name in names:

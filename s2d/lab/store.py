@@ -52,6 +52,11 @@ class Trained:
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
 
+    @property
+    def seed(self) -> int:
+        """The seed of the pretraining this descends from: what pairs variants in a table."""
+        return self.recipe.seed if self.recipe.start is None else Trained(self.recipe.start, {}, []).seed
+
     def model(self) -> nn.Module:
         """The model with these weights, float32, in evaluation mode."""
         model = self.recipe.model.build(0)
@@ -179,7 +184,11 @@ def _start_worker(counter) -> None:
 
 
 def _work(recipe: Recipe) -> None:
+    parent = multiprocessing.parent_process()
+
     def progress(steps: int) -> None:
+        if not parent.is_alive():  # it was killed: an orphan would go on training for minutes, unseen
+            raise SystemExit("the parent process is gone")
         with _counter.get_lock():
             _counter.value += steps
 

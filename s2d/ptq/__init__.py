@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -65,7 +67,7 @@ def parse_bits(name: str) -> tuple[int, int]:
     """
     if name == "FP":
         return 32, 32
-    left, separator, right = name.removeprefix("W").partition("A")
-    if not (name.startswith("W") and separator and left.isdigit() and right.isdigit()):
+    match = re.fullmatch("W([0-9]+)A([0-9]+)", name)
+    if match is None:
         raise ValueError(f"bit width {name!r} is not of the form W4A4 (or FP)")
-    return check_bits(int(left), "w_bits"), check_bits(int(right), "a_bits")
+    return check_bits(int(match[1]), "w_bits"), check_bits(int(match[2]), "a_bits")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,19 +19,24 @@ class QuantizedLinear(nn.Module):
     Attributes:
         linear: the layer, whose weight the method replaces by its quantized values.
         weight_quantizer, input_quantizer: see :class:`s2d.ptq.quantizers.Quantizer`.
+        name: where the layer is in the model, for messages.
         mode: ``"float"`` (quantizers off), ``"observe"`` or ``"quantized"``.
     """
 
     def __init__(
-        self, linear: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
+        self, linear: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None, name: str = ""
     ) -> None:
         super().__init__()
         self.linear, self.weight_quantizer, self.input_quantizer = linear, weight_quantizer, input_quantizer
+        self.name = name
         self.mode = "float"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "observe" and self.input_quantizer is not None:
-            self.input_quantizer.observe(x)
+            try:
+                self.input_quantizer.observe(x)
+            except ValueError as error:
+                raise ValueError(f"layer {self.name}: {error}") from error
         if self.mode == "quantized" and self.input_quantizer is not None:
             x = self.input_quantizer(x)
         return F.linear(x, self.linear.weight, self.linear.bias)
@@ -56,35 +61,72 @@ def prepare(
 ) -> nn.Module:
     """Copy a model and put every Linear layer, head included, behind quantizers; the argument is left untouched.
 
+    A layer that the model holds under several names stays one layer. Layers that share a weight each get their own, so
+    quantizing one leaves the other (a tied embedding, say) alone.
+
     Args:
         model: any module with Linear layers.
         weight_quantizer, input_quantizer: called once a layer, each returns a fresh quantizer or None.
-        check: a batch on which copy and original are compared.
+        check: a batch on which copy and original are compared; outputs may be tensors, tuples or mappings of them.
 
     Returns:
         The copy, in evaluation mode, quantizers off.
 
     Raises:
-        ValueError: if there is no Linear layer, or the copy does not give exactly the original's output.
+        ValueError: if there is no Linear layer, one that cannot be reached, or the copy does not give exactly the
+            original's output.
     """
     quantized = copy.deepcopy(model).eval()
-    linears = [name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)]
+    linears = {module: name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no nn.Linear layer: there is nothing to quantize")
-    for name in linears:
-        parent_name, _, child = name.rpartition(".")
-        parent = quantized.get_submodule(parent_name)
-        setattr(parent, child, QuantizedLinear(getattr(parent, child), weight_quantizer(), input_quantizer()))
-    was_training = model.training
+    for name, module in quantized.named_modules():
+        if isinstance(module, QuantizedLinear):
+            raise ValueError(f"layer {name} is quantized already: quantize the original model instead")
+        if isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"layer {name} is an nn.MultiheadAttention, which never calls its projections as Linear layers: they "
+                "would stay in floating point; use a model whose attention calls Linear layers (timm's, say)"
+            )
     with torch.no_grad():
-        same = torch.equal(model.eval()(check), quantized(check))
-    model.train(was_training)
-    if not same:
+        expected = _tensors(quantized(check))
+    wrapped = {}
+    for linear, name in linears.items():
+        wrapped[linear] = QuantizedLinear(_own(linear), weight_quantizer(), input_quantizer(), name)
+    for parent in list(quantized.modules()):
+        for child, module in parent._modules.items():
+            if module in wrapped:
+                setattr(parent, child, wrapped[module])
+    quantized = wrapped.get(quantized, quantized).eval()
+    advice = "it uses a Linear layer in some other way than calling it (its weight directly, say)"
+    try:
+        with torch.no_grad():
+            found = _tensors(quantized(check))
+    except AttributeError as error:
+        raise ValueError(f"{type(model).__name__} cannot be quantized: {advice} ({error})") from error
+    if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(expected, found, strict=True)):
         raise ValueError(
-            f"the quantized copy of {type(model).__name__} does not reproduce the original with its quantizers off: it "
-            "uses a Linear layer in some other way than calling it (its weight directly, say)"
+            f"the quantized copy of {type(model).__name__} does not reproduce the original with its quantizers off: "
+            f"{advice}"
         )
     return quantized
+
+
+def _own(linear: nn.Linear) -> nn.Linear:
+    """A plain Linear layer of the same function with parameters of its own, neither tied nor parametrized."""
+    own = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    own.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=linear.weight.requires_grad)
+    if linear.bias is not None:
+        own.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+    return own
+
+
+def _tensors(output) -> list[Tensor]:
+    """The tensors of a model's output, which may be nested in tuples and mappings."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output
+    return [tensor for part in parts for tensor in _tensors(part)] if isinstance(output, (Mapping, tuple, list)) else []
 
 
 @contextmanager

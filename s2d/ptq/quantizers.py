@@ -112,11 +112,13 @@ class AffineQuantizer(Quantizer):
         return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
 
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        # At least float32: in half precision the range of [-40000, 40000] overflows and small steps are subnormal.
+        dtype = torch.promote_types(low.dtype, torch.float32)
+        low, high = low.to(dtype).clamp(max=0), high.to(dtype).clamp(min=0)
         if self.symmetric:
             scale, zero_point = torch.maximum(-low, high) / self.q_max, torch.zeros_like(low)
         else:
-            scale = (high - low) / self.q_max
+            scale = high / self.q_max - low / self.q_max
             zero_point = torch.round(-low / torch.where(scale > 0, scale, 1))
         # An all-zero channel has no range; any scale represents it exactly.
         return torch.where(scale > 0, scale, torch.ones_like(scale)), zero_point
@@ -143,11 +145,16 @@ class AffineQuantizer(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         if self.granularity == "per_token":
             self.scale, self.zero_point = self._grid(*self._range(x))
+        self._check_frozen()
+        steps = torch.round(x.to(self.scale.dtype) / self.scale)
+        return steps.add_(self.zero_point).clamp_(self.q_min, self.q_max).to(torch.int16)
+
+    def _check_frozen(self) -> None:
         if self.scale is None:
             raise ValueError("the quantizer is not calibrated: observe() data, then freeze()")
-        return torch.round(x / self.scale).add_(self.zero_point).clamp_(self.q_min, self.q_max).to(torch.int16)
 
     def dequantize(self, codes: Tensor) -> Tensor:
+        self._check_frozen()
         return (codes - self.zero_point) * self.scale
 
     def extra_repr(self) -> str:

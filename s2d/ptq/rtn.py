@@ -35,8 +35,14 @@ def rtn(
     Returns:
         The quantized copy.
 
+    Raises:
+        ValueError: for another choice of ``activations``, or see :func:`s2d.ptq.prepare.prepare` and
+            :func:`s2d.ptq.prepare.calibrate_inputs`.
+
     Paper: Table 9 (RTN).
     """
+    if activations not in ("per_tensor", "per_token"):
+        raise ValueError(f"activations is {activations!r}: choose 'per_tensor' or 'per_token'")
     off = w_bits in SWITCHED_OFF, a_bits in SWITCHED_OFF
     make_weight = partial(AffineQuantizer, w_bits, symmetric=symmetric, granularity="per_channel")
     make_input = partial(AffineQuantizer, a_bits, symmetric=symmetric, granularity=activations)

@@ -1,0 +1,71 @@
+"""The committed notebooks keep to the template, agree with the recipes, and the batch knows them all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s2d.lab.notebook import check_notebook, read_parameters
+from s2d.lab.recipes import FINETUNE_STEPS, PRETRAIN_STEPS, SEEDS, VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
+SCALES = sorted(path.name for path in (ROOT / "notebooks" / "params").iterdir())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_template(path):
+    assert check_notebook(path) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_defaults_are_the_recipes_of_the_committed_store(path):
+    expected = {
+        "seeds": list(SEEDS),
+        "adamw_steps": PRETRAIN_STEPS["adamw"],
+        "sgd_steps": PRETRAIN_STEPS["sgd"],
+        "finetune_steps": FINETUNE_STEPS,
+        "variants": list(VARIANTS),
+        "run": "laptop",
+    }
+    defaults = read_parameters(path)
+    assert {name: defaults[name] for name in expected if name in defaults} == {
+        name: value for name, value in expected.items() if name in defaults
+    }
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_scale_names_known_parameters_and_its_own_output(path, scale):
+    overrides = yaml.safe_load((ROOT / "notebooks" / "params" / scale / f"{path.stem}.yaml").read_text()) or {}
+    defaults = read_parameters(path)
+    assert set(overrides) <= set(defaults)
+    assert (defaults | overrides)["run"] == scale
+
+
+def test_shared_parameters_agree_between_the_notebooks_of_a_scale():
+    """A fine-tuning notebook that expects other pretraining steps than the first would train everything again."""
+    for scale in SCALES:
+        seen: dict[str, object] = {}
+        for path in NOTEBOOKS:
+            overrides = yaml.safe_load((ROOT / "notebooks" / "params" / scale / f"{path.stem}.yaml").read_text()) or {}
+            for name, value in (read_parameters(path) | overrides).items():
+                if name in ("adamw_steps", "sgd_steps", "finetune_steps", "width", "depth", "canvas", "seeds"):
+                    assert seen.setdefault(name, value) == value, (scale, path.stem, name)
+
+
+def test_the_batch_and_the_readme_know_every_notebook():
+    snakefile, readme = (ROOT / "Snakefile").read_text(), (ROOT / "README.md").read_text()
+    for path in NOTEBOOKS:
+        assert f'executed("{path.stem}")' in snakefile
+        assert f"notebooks/{path.name}" in readme
+
+
+def test_committed_figures_are_those_the_batch_draws():
+    block = re.search(r"FIGURES = \[(.*?)\]", (ROOT / "Snakefile").read_text(), re.DOTALL)[1]
+    names = set(re.findall(r'"(\w+)"', block))
+    figures = ROOT / "figures" / "laptop"
+    assert {path.name for path in figures.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
