@@ -344,6 +344,14 @@ def test_half_precision_does_not_overflow(symmetric: bool, granularity: str) -> 
     assert ((got.double() - x.double()).abs() <= 8e4 / 254 / 2 + 16).all()
 
 
+def test_half_precision_does_not_underflow() -> None:
+    # One step of this grid, 4e-6, is subnormal in float16, which holds it to 1 percent only: 2 steps at code 255.
+    x = torch.linspace(0, 1e-3, 256).half()
+    q = calibrated(x, 8)
+    assert q.scale.item() == pytest.approx(x.max().item() / 255, rel=1e-6)
+    assert ((q(x).double() - x.double()).abs() <= 0.51 * q.scale).all()
+
+
 def test_the_extremes_of_float32_do_not_overflow() -> None:
     x = torch.tensor([-3e38, 0.0, 3e38])
     assert torch.isfinite(calibrated(x, 8).scale)

@@ -7,7 +7,7 @@ from s2d.lab.models import DigitsViT
 from s2d.lab.training import Optimizer, Recipe
 
 SEEDS = (0, 1, 2)
-PRETRAIN_STEPS = {"adamw": 4000, "sgd": 3500}
+PRETRAIN_STEPS = {"adamw": 4000, "sgd": 4500}
 FINETUNE_STEPS = 1000
 VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", "Top 3 of every layer", "S2D")
 """Fine-tuning variants, in the order in which they are shown."""
@@ -50,7 +50,7 @@ def pretraining(
         raise ValueError(f"unknown optimizer {optimizer!r}: choose one of {', '.join(PRETRAIN_STEPS)}")
     settings = {
         "adamw": Optimizer("adamw", lr=6e-3, weight_decay=0.01, betas=(0.9, 0.99)),
-        "sgd": Optimizer("sgd", lr=0.2, weight_decay=0.0, clip=1.0),
+        "sgd": Optimizer("sgd", lr=0.1, weight_decay=0.0, clip=1.0),
     }
     steps = PRETRAIN_STEPS[optimizer] if steps is None else steps
     return Recipe(

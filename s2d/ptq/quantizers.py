@@ -29,7 +29,7 @@ def check_bits(n_bits: int, name: str = "n_bits") -> int:
 
     Paper: none.
     """
-    if isinstance(n_bits, bool) or not isinstance(n_bits, int) or not (2 <= n_bits <= 8 or n_bits in SWITCHED_OFF):
+    if not isinstance(n_bits, int) or not (2 <= n_bits <= 8 or n_bits in SWITCHED_OFF):
         raise ValueError(f"{name} is {n_bits!r}: choose 2 to 8, or 16 or 32 to leave that side in floating point")
     return n_bits
 
