@@ -15,7 +15,17 @@ NOTEBOOKS = [path.stem for path in sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipyn
 
 def plan(tmp_path: Path, *config: str) -> subprocess.CompletedProcess:
     """Plan the whole batch without running anything; a state folder of its own keeps it from the user's lock."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--dry-run", "--forceall", "--printshellcmds", "--nolock"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        "--dry-run",
+        "--forceall",
+        "--printshellcmds",
+        "--nolock",
+    ]
     return subprocess.run(
         [*command, "--config", *config],
         cwd=ROOT,

@@ -256,6 +256,18 @@ def test_start_weights_exactly_when_the_recipe_has_a_start(results: dict) -> Non
             train(recipe, start)
 
 
+def test_clipping_bounds_the_step(results: dict) -> None:
+    clipped = replace(TINY, optimizer=Optimizer("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, clip=1e-3))
+    weights, _ = train(clipped)
+    initial = clipped.model.build(0).state_dict()
+    moved = sum((weights[n].double() - t.half().double()).square().sum() for n, t in initial.items()).sqrt()
+    # Six steps of at most lr * clip, and what rounding to float16 adds or hides.
+    assert 0 < moved < 6 * 1e-3 + 0.01
+    loose, _ = train(replace(clipped, optimizer=replace(clipped.optimizer, clip=0.0)))
+    far = sum((loose[n].double() - t.half().double()).square().sum() for n, t in initial.items()).sqrt()
+    assert far > 0.1
+
+
 @pytest.mark.parametrize("measure_every", [1, 100])
 def test_a_diverging_run_is_an_error(measure_every: int, tmp_path: Path) -> None:
     wild = replace(TINY, optimizer=Optimizer("sgd", lr=1e30), measure_every=measure_every)
@@ -561,6 +573,13 @@ def test_an_entry_of_the_right_key_but_another_recipe(entry: Path) -> None:
         find(TINY)
 
 
+def test_an_entry_of_the_right_recipe_but_other_code(entry: Path) -> None:
+    weights, metadata = read_tensors(entry)
+    write_tensors(entry, weights, metadata | {"key": "0" * 16})
+    with pytest.raises(ValueError, match=f"{entry.name} holds the result of another recipe"):
+        find(TINY)
+
+
 def test_an_entry_of_another_architecture(entry: Path) -> None:
     weights, metadata = read_tensors(entry)
     wider = {n: t.half() for n, t in replace(TINY.model, width=32).build(0).state_dict().items()}
@@ -700,6 +719,13 @@ def test_obtain_passes_on_the_error_of_a_worker(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"lower lr=1e\+30"):
         obtain([wild], workers=1)
     assert not folder.exists() or not list(folder.glob("*.safetensors"))
+
+
+def test_obtain_asks_for_what_is_missing_only(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(store, "_train_all", lambda missing, workers: asked.append(missing))
+    assert [t.recipe if t else None for t in obtain([FINETUNE, TINY, SGD])] == [None, TINY, None]
+    assert asked == [[FINETUNE, SGD]]
 
 
 @pytest.mark.parametrize(("workers", "environment", "expected"), [(3, "5", 3), (None, "5", 5), (None, None, None)])

@@ -15,8 +15,8 @@ VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", "Top 3 of every lay
 # The winners of `python -m s2d.lab.tuning` (data/laptop/tuning.csv), checked by tests/test_recipes.py.
 FINETUNE_LR = 3e-3
 RECIPE_WEIGHT_DECAY = 0.01
-TUNED_WEIGHT_DECAY = 0.2
-TUNED_LAM = {"No PCDR": 5e-4, "Top 3 of every layer": 5e-3, "S2D": 5e-3}
+TUNED_WEIGHT_DECAY = 0.5
+TUNED_LAM = {"No PCDR": 5e-4, "Top 3 of every layer": 2e-3, "S2D": 1e-2}
 TUNED_TAU = 0.6
 
 
