@@ -62,8 +62,10 @@ def save_table(table: pd.DataFrame, name: str, *, run: str, source: Mapping[str,
     if table.empty:
         raise ValueError(f"table {name} has no rows: nothing was measured")
     path = output_root() / _table_folder(run) / f"{name}.csv"
-    write_text(path.with_suffix(".json"), json.dumps(source, indent=1, sort_keys=True) + "\n")
-    write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    described = json.dumps(source, indent=1, sort_keys=True) + "\n"
+    rows = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    write_text(path.with_suffix(".json"), described)
+    write_text(path, rows)
     return path
 
 
@@ -76,7 +78,7 @@ def load_table(name: str, *, run: str) -> pd.DataFrame:
     for root in (output_root(), repository_root()):
         path = root / _table_folder(run) / f"{name}.csv"
         if path.exists():
-            return pd.read_csv(path)
+            return pd.read_csv(path, keep_default_na=False, na_values=[""])
     raise FileNotFoundError(
         f"no table data/{run}/{name}.csv: run `make figures SCALE={run}` or the notebook that writes it"
     )
@@ -110,7 +112,7 @@ def mean_and_spread(table: pd.DataFrame, by: list[str], values: list[str]) -> pd
         >>> float(mean_and_spread(t, ["variant"], ["accuracy"]).accuracy.iloc[0])
         0.6
     """
-    groups = table.groupby(by, sort=False)
+    groups = table.groupby(by, sort=False, dropna=False)
     out = groups["seed"].nunique().rename("seeds").to_frame()
     for value in values:
         out[value], out[f"{value}_std"] = groups[value].mean(), groups[value].std(ddof=1)

@@ -67,17 +67,29 @@ class Trained:
 def _code_only(path: Path) -> str:
     """Source text without comments, docstrings and blank lines: what can change a result."""
     source = path.read_text(encoding="utf-8")
-    lines = source.splitlines()
+    lines, text = source.splitlines(), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        (first, column), (last, _) = token.start, token.end
         if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
+            lines[first - 1] = lines[first - 1][:column]
+        elif first != last and token.type not in (tokenize.NL, tokenize.NEWLINE):
+            text.update(range(first - 1, last))  # a string over several lines, whose blank lines and spaces count
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            docstring = node.body[0]
-            for row in range(docstring.lineno - 1, docstring.end_lineno):
-                lines[row] = ""
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            doc = node.body[0]
+            before, after = (
+                lines[doc.lineno - 1][: doc.col_offset],
+                lines[doc.end_lineno - 1].encode()[doc.end_col_offset :],
+            )
+            if not before.strip() and not after.strip():  # beside code on its line it stays, and counts
+                rows = range(doc.lineno - 1, doc.end_lineno)
+                text.difference_update(rows)
+                for row in rows:
+                    lines[row] = ""
+    return "\n".join(
+        line if row in text else line.rstrip() for row, line in enumerate(lines) if row in text or line.strip()
+    )
 
 
 @cache
@@ -115,6 +127,10 @@ def _checksum(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _history_checksum(history: list[dict[str, float]] | None) -> str:
+    return hashlib.sha256(json.dumps(history, sort_keys=True).encode()).hexdigest()
+
+
 def committed_folder() -> Path:
     """The committed entries."""
     return repository_root() / "data" / "laptop" / "checkpoints"
@@ -146,6 +162,8 @@ def _load(path: Path, recipe: Recipe) -> Trained:
         raise ValueError(f"{path} holds the result of another recipe than its name says: delete it and run again")
     if metadata.get("checksum") != _checksum(weights):
         raise ValueError(f"{path} is damaged (its weights do not match their checksum): delete it and run again")
+    if metadata.get("history_checksum") != _history_checksum(metadata.get("history")):
+        raise ValueError(f"{path} is damaged (its history does not match its checksum): delete it and run again")
     expected = {name: tuple(tensor.shape) for name, tensor in recipe.model.build(0).state_dict().items()}
     if {name: tuple(tensor.shape) for name, tensor in weights.items()} != expected:
         raise ValueError(f"{path} is of another architecture than {recipe.model}: delete it and run again")
@@ -168,6 +186,7 @@ def _train_and_store(recipe: Recipe, progress=lambda steps: None) -> None:
         "recipe": recipe.as_dict(),
         "code": code_fingerprint(_uses_s2d(recipe)),
         "checksum": _checksum(weights),
+        "history_checksum": _history_checksum(history),
         "torch": torch.__version__,
         "history": history,
     }
