@@ -55,7 +55,7 @@ notebooks: $(NOTEBOOKS:notebooks/%.ipynb=build/nbval/%) ## nbval on every notebo
 
 build/nbval/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
 	@mkdir -p $(@D)
-	S2D_OUTPUT=$(TEST_OUTPUT) S2D_WORKERS=1 $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=900 $<
+	S2D_OUTPUT=$(TEST_OUTPUT) S2D_WORKERS=1 $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $<
 	@touch $@
 
 # --- keeping the repository's own results true -------------------------------------------------------------------------

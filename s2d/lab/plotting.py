@@ -95,6 +95,18 @@ def sample_digits(images, labels, columns: int = 8) -> Figure:
     return figure
 
 
+def _short(layers) -> list[str]:
+    """Layer names for an axis: ``blocks.0.mlp.fc1`` as ``0.mlp.fc1``."""
+    return [name.removeprefix("blocks.") for name in layers]
+
+
+def _legend_below(figure: Figure, axis) -> None:
+    """Move the legend of one panel under all of them, where it takes no panel's room."""
+    handles, labels = axis.get_legend_handles_labels()
+    axis.get_legend().remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
 def _mean_line(axis, table: pd.DataFrame, x: str, y: str, variant: str, **style) -> None:
     """Mean over seeds as a line, the range over seeds as a band."""
     groups = table.groupby(x)[y]
@@ -170,7 +182,7 @@ def bound_tightness(bound: pd.DataFrame) -> Figure:
         axis.scatter(positions, table.tightness, color=COLOURS[variant], marker=MARKERS[variant], s=24, label=variant)
     axis.axhline(1.0, color="black", linewidth=1, linestyle="--")
     axis.text(len(layers) - 0.6, 1.0, "the bound", va="bottom", ha="right")
-    axis.set_xticks(range(len(layers)), layers, rotation=60, ha="right")
+    axis.set_xticks(range(len(layers)), _short(layers), rotation=60, ha="right")
     axis.set(ylim=(0, 1.12), ylabel="largest gain / certified $\\sigma_1$", title="Theorem 1, layer by layer")
     axis.legend(loc="lower left", ncols=2)
     return figure
@@ -195,9 +207,9 @@ def pcdr_layers(layers: pd.DataFrame, taus: tuple[float, ...] = (0.95, 0.6)) -> 
     for tau in taus:
         axis.axhline(tau, color="black", linewidth=0.8, linestyle=":")
         axis.text(len(mean) - 0.4, tau, f"$\\tau$ = {tau}", va="bottom", ha="right", fontsize="small")
-    axis.set_xticks(range(len(mean)), mean.index, rotation=60, ha="right")
+    axis.set_xticks(range(len(mean)), _short(mean.index), rotation=60, ha="right")
     axis.set(ylabel="PCDR$_3$", title="Which layers make their outliers with three components")
-    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.5), ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -209,7 +221,8 @@ def finetuning_spectra(spectra: pd.DataFrame, layers: list[str]) -> Figure:
             _mean_line(axis, table, "index", "sigma", variant)
         axis.set(xlabel="index", title=layer, xscale="log")
     axes[0].set(ylabel="singular value")
-    axes[-1].legend()
+    axes[0].legend()
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -235,10 +248,9 @@ def finetuning_layers(layers: pd.DataFrame) -> Figure:
             legend=axis is axes[0],
         )
         axis.set(xlabel="", ylabel="", title=label)
-        axis.set_xticks(axis.get_xticks(), [t.get_text().replace("blocks.", "").replace(".mlp", "") for t in
-                        axis.get_xticklabels()], rotation=60, ha="right")  # fmt: skip
+        axis.set_xticks(range(ffn.layer.nunique()), _short(ffn.layer.unique()), rotation=60, ha="right")
     axes[1].set_yscale("log")
-    sns.move_legend(axes[0], "upper left", bbox_to_anchor=(0, -0.25), ncols=4, title=None)
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -268,5 +280,5 @@ def measured_and_reported(ptq: pd.DataFrame, reported: pd.DataFrame) -> Figure:
     )
     left.set(title="Reported: SigLIP2-B, ImageNet, ERQ", xlabel="", ylabel="accuracy (%)")
     right.set(title="Measured: laptop ViT, cluttered digits, RTN", xlabel="")
-    sns.move_legend(left, "upper left", bbox_to_anchor=(0, -0.12), ncols=3, title=None)
+    _legend_below(figure, left)
     return figure
