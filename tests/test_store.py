@@ -794,3 +794,19 @@ def test_a_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
     (tmp_path / "ordinary").write_bytes(b"")
     write_atomically(tmp_path / "atomic", lambda temporary: temporary.write_bytes(b"x"))
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_obtain_checkpoints_asks_once_and_keeps_variants_apart(monkeypatch):
+    calls = []
+
+    def fake(recipes):
+        calls.append(list(recipes))
+        return [f"result of seed {recipe.seed}" for recipe in recipes]
+
+    monkeypatch.setattr(store, "obtain", fake)
+    recipes = {"a": [replace(TINY, seed=1), replace(TINY, seed=2)], "b": [replace(TINY, seed=3)]}
+    assert store.obtain_checkpoints(recipes) == {
+        "a": ["result of seed 1", "result of seed 2"],
+        "b": ["result of seed 3"],
+    }
+    assert len(calls) == 1

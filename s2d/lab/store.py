@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import sys
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -251,6 +251,19 @@ def obtain(recipes: Sequence[Recipe], *, workers: int | None = None) -> list[Tra
             workers = 1  # runs on one accelerator follow each other
         _train_all(missing, workers)
     return [find(recipe) for recipe in recipes]
+
+
+def obtain_checkpoints(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, list[Trained]]:
+    """:func:`obtain` for several variants at once, so that what is missing is shared out over the cores in one go.
+
+    Args:
+        recipes: variant to one recipe a seed.
+
+    Returns:
+        Variant to one result a seed, in order.
+    """
+    results = iter(obtain([recipe for group in recipes.values() for recipe in group]))
+    return {variant: [next(results) for _ in group] for variant, group in recipes.items()}
 
 
 def _train_all(missing: list[Recipe], workers: int) -> None:
