@@ -1,7 +1,7 @@
 """S2D: Selective Spectral Decay for quantization-friendly activations (arXiv 2602.14432)."""
 
 from s2d.bound import BoundCheck, check_bound
-from s2d.layers import linear_layers
+from s2d.layers import LinearMap, linear_maps
 from s2d.outliers import (
     ActivationStatistics,
     ActivationSummary,
@@ -11,11 +11,13 @@ from s2d.outliers import (
     watch_activations,
 )
 from s2d.pcdr import activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
-from s2d.regularizer import SelectiveSpectralDecay, add_spectral_penalty_, spectral_penalty
+from s2d.regularizer import SelectiveSpectralDecay, add_spectral_penalty_, penalty_cosine, spectral_penalty
 from s2d.spectral import (
     SingularTriplets,
+    SolvedTriplets,
     SpectralNormBounds,
     as_matrix,
+    solve_top_triplets,
     spectral_norm_bounds,
     top_singular_triplets,
 )
@@ -26,9 +28,11 @@ __all__ = [
     "ActivationStatistics",
     "ActivationSummary",
     "BoundCheck",
+    "LinearMap",
     "OutlierRows",
     "SelectiveSpectralDecay",
     "SingularTriplets",
+    "SolvedTriplets",
     "SpectralNormBounds",
     "activation_pcdr",
     "add_spectral_penalty_",
@@ -36,11 +40,13 @@ __all__ = [
     "check_bound",
     "excess_kurtosis",
     "layer_pcdr",
-    "linear_layers",
+    "linear_maps",
     "neuron_kurtosis",
     "outlier_rank",
+    "penalty_cosine",
     "spectral_norm_bounds",
     "spectral_pcdr",
+    "solve_top_triplets",
     "spectral_penalty",
     "top_singular_triplets",
     "watch_activations",

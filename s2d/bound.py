@@ -1,32 +1,243 @@
-"""Theorem 1, checked on a running model: no layer's output outgrows its spectral norm times its input."""
+"""Theorem 1: a guaranteed enclosure of the spectral norm, and the check that no layer's output outgrows it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import contextlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from s2d.layers import linear_layers
-from s2d.spectral import spectral_norm_bounds
+from s2d.layers import CONVOLUTIONS, LinearMap, linear_maps, modules_sharing
+from s2d.spectral import _times_power_of_two, as_matrix
+
+# Twice the unit roundoff of float64: the proof then holds for every rounding mode, not only for round to nearest.
+UNIT = 2.0**-52
+UP = 1.0 + 2.0**-40  # more than the scalar roundings of any expression below, and than all underflow (see the proof)
+EIGH_UP_TO = 32  # a full eigendecomposition of a matrix this small costs less than a few steps of Lanczos in Python
+LANCZOS_STEPS = 128
+PANELS = 6
+# Unit roundoffs of what torch may make of float32 factors before it multiplies them, by the name of the setting.
+FLOAT32_FACTORS = {"none": 2.0**-24, "ieee": 2.0**-24, "highest": 2.0**-24, "tf32": 2.0**-10, "high": 2.0**-10}
+BFLOAT16_FACTORS = 2.0**-8
+HALF_PRECISION_SUMS = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
+class SpectralNormBounds(NamedTuple):
+    """``lower <= s_1 <= upper``, as Python floats."""
+
+    lower: float
+    upper: float
+
+
+def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormBounds:
+    r"""A guaranteed enclosure of the spectral norm, floating-point rounding included.
+
+    Power iteration alone bounds :math:`s_1` from below, and a check of Theorem 1 against such a value can report
+    violations that are not there. Here both ends are proved, each from a computed quantity whose rounding is bounded.
+
+    **Lower.** For any vector, :math:`s_1 \ge \|Av\| / \|v\|`, and a computed product is off by at most
+    :math:`\gamma_n \|A\|_F \|v\|` with :math:`\gamma_k = ku/(1-ku)` (Higham 2002, section 3.5). Here v is a Ritz
+    vector, by Lanczos iteration on the Gram matrix.
+
+    **Upper.** For any number c and any matrix L,
+
+    .. math:: s_1^2 = \lambda_{\max}(A^T A) \le c + \|R\|_2, \qquad R = cI - A^T A - L L^T,
+
+    because :math:`\|Ax\|^2 = c - \|L^T x\|^2 - x^T R x` for every unit vector x. So L needs no guarantee at all: it is
+    the Cholesky factor of :math:`cI - A^T A`, however LAPACK or a GPU computes it, and if c is too small there is
+    none, and a better v gives another c. What has to be bounded is R, computed in two products as :math:`\hat R`:
+
+    * :math:`\hat G = \mathrm{fl}(A^T A)`: each entry is off by at most :math:`\gamma_m (|A|^T |A|)_{ij}`, in whatever
+      order and with or without fused multiply-adds it is summed, so the matrix by at most :math:`\gamma_m \|A\|_F^2`;
+    * :math:`\hat R = \mathrm{fl}(cI - \hat G - L L^T)`: the diagonal is rounded once more and each entry is a sum of
+      n + 1 terms, so it is off by at most :math:`\gamma_{n+2} (|cI - \hat G| + |L||L|^T)`, where
+      :math:`|cI - \hat G| \le |R| + |L||L|^T`.
+
+    Together :math:`s_1^2 \le c + (\|\hat R\|_F + 3\gamma_{n+2}\|L\|_F^2)/(1-\gamma_{n+2}) + \gamma_m\|A\|_F^2`. Only
+    entries on and below the diagonal are computed; R is symmetric, so they count twice. Taking
+    :math:`c = (1 + 1.9\,\text{rtol})\,\text{lower}^2` makes the enclosure ``rtol`` wide. Where c would reach
+    :math:`\|A\|_F^2`, that is the bound and needs no factor.
+
+    All is computed in float64 on the weight scaled by a power of two to a largest entry in [1/2, 1). Nothing can then
+    overflow, and what underflows is below :math:`2^{-1021}` an operation against :math:`s_1 \ge 1/2`. Assumed are IEEE
+    arithmetic in any rounding mode, and matrix products that are sums of products (not Strassen's, and no emulation of
+    float64); ``torch.set_flush_denormal`` must be off if the weight itself holds subnormal numbers.
+
+    Args:
+        weight: ``(out_features, in_features)``, any floating dtype. For a layer of a model,
+            ``linear_maps(model)[name].matrix()``; for a convolution that is the map from a patch to a position.
+        rtol: wanted relative width ``upper / lower - 1``, ``1e-6 <= rtol < 1``. The enclosure is valid whether or not
+            it is reached; it is not where the norm itself is subnormal or past the largest float64.
+
+    Returns:
+        ``(lower, upper)``; ``(0.0, 0.0)`` for a zero matrix.
+
+    Raises:
+        TypeError, ValueError: see :func:`s2d.spectral.as_matrix`; ValueError unless ``1e-6 <= rtol < 1``.
+
+    Example:
+        >>> lower, upper = spectral_norm_bounds(torch.diag(torch.tensor([3.0, 4.0])))
+        >>> lower <= 4.0 <= upper < 4.01
+        True
+
+    Paper: Theorem 1 (A.1). Cost: one Gram matrix of the smaller side, one Cholesky factorisation and its check, in
+    float64: less time than ``torch.linalg.matrix_norm(weight, 2)`` except for a smaller side below about 100, where
+    some tens of microseconds of Python remain (``benchmarks/bound.py``).
+    """
+    if not 1e-6 <= rtol < 1:
+        raise ValueError(f"rtol is {rtol}: choose between 1e-6 and 1")
+    matrix = _float64(as_matrix(weight))
+    exponent = _exponent(matrix)
+    if exponent is None:
+        return SpectralNormBounds(0.0, 0.0)
+    a = _times_power_of_two(matrix, -exponent)
+    lower, upper = _scaled_bounds(a if a.shape[0] >= a.shape[1] else a.T, rtol)
+    return SpectralNormBounds(_scale(lower, exponent, down=True), _scale(upper, exponent, down=False))
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    """In float64, for which MPS has to be left."""
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _exponent(tensor: Tensor) -> int | None:
+    """e such that the largest entry lies in ``[2**(e-1), 2**e)``, or None for zeros."""
+    smallest, largest = torch.aminmax(tensor)
+    magnitude = max(largest.item(), -smallest.item())
+    return math.frexp(magnitude)[1] if magnitude > 0 else None
+
+
+def _gamma(k: int) -> float:
+    """Higham's gamma_k for float64, with room for the rounding of this very expression."""
+    return 1.01 * k * UNIT / (1.0 - 1.01 * k * UNIT)
+
+
+def _scaled_bounds(a: Tensor, rtol: float) -> tuple[float, float]:
+    """The enclosure for a float64 matrix with m >= n and a largest entry in [1/2, 1)."""
+    m, n = a.shape
+    gram = a.T @ a
+    frobenius_sq = gram.trace().item() * (1 + _gamma(m + n)) * UP
+    lower = 0.0
+    for vector in _top_vectors(gram, rtol):
+        image = torch.linalg.vector_norm(a @ vector).item() * (1 - _gamma(m))
+        length = torch.linalg.vector_norm(vector).item() * (1 + _gamma(n))
+        lower = max(lower, (image / length - _gamma(n) * math.sqrt(frobenius_sq)) / UP)
+        c = (1 + 1.9 * rtol) * lower**2
+        if c >= frobenius_sq:
+            break
+        slack = _certificate(gram, c)
+        if slack is not None:
+            return lower, math.sqrt(min(c + slack + _gamma(m) * frobenius_sq, frobenius_sq) * UP) * UP
+    return lower, math.sqrt(frobenius_sq) * UP
+
+
+def _certificate(gram: Tensor, c: float) -> float | None:
+    """A bound of ``lambda_max(gram) - c``, rounding included, or None if c is too small."""
+    n = len(gram)
+    shifted = -gram
+    shifted.diagonal().add_(c)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if failed.item():
+        return None
+    residual_sq = 0.0
+    width = max(64, -(-n // PANELS))
+    for start in range(0, n, width):
+        stop = min(start + width, n)
+        # A panel of columns from the diagonal down; columns of the factor beyond it are zero in these rows of L^T.
+        panel = torch.addmm(shifted[start:, start:stop], factor[start:, :stop], factor[start:stop, :stop].T, alpha=-1)
+        residual_sq += torch.linalg.vector_norm(panel).item() ** 2
+    rounding = _gamma(n + 2)
+    factor_sq = torch.linalg.vector_norm(factor).item() ** 2
+    return (math.sqrt(2 * residual_sq) + 3 * rounding * factor_sq) * (1 + _gamma(n * n)) / (1 - rounding) * UP
+
+
+def _top_vectors(gram: Tensor, rtol: float) -> Iterator[Tensor]:
+    """Better and better approximations of the first eigenvector, each meant to be good enough for ``rtol``."""
+    if len(gram) > EIGH_UP_TO:
+        yield from _lanczos(gram, rtol)
+    yield torch.linalg.eigh(gram)[1][:, -1]
+
+
+def _lanczos(gram: Tensor, rtol: float) -> Iterator[Tensor]:
+    """First Ritz vectors: no reorthogonalisation, because a loss of orthogonality only repeats converged ones."""
+    n = len(gram)
+    q = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).to(gram.device)
+    q /= torch.linalg.vector_norm(q)
+    basis, diagonal, off_diagonal = [q], [], []
+    last = min(n, LANCZOS_STEPS)
+    next_look = 8
+    for step in range(1, last + 1):
+        w = gram @ q
+        diagonal.append(torch.dot(w, q).item())
+        w.sub_(q, alpha=diagonal[-1])
+        if off_diagonal:
+            w.sub_(basis[-2], alpha=off_diagonal[-1])
+        remainder = torch.linalg.vector_norm(w).item()
+        ended = step == last or remainder == 0.0
+        if step >= next_look or ended:
+            next_look = step + 4
+            # eigh reads the lower triangle only.
+            tridiagonal = torch.tensor(diagonal, dtype=torch.float64).diag()
+            if off_diagonal:
+                tridiagonal.diagonal(-1).copy_(torch.tensor(off_diagonal, dtype=torch.float64))
+            values, vectors = torch.linalg.eigh(tridiagonal)
+            residual = remainder * abs(vectors[-1, -1].item())
+            gap = (values[-1] - values[-2]).item() if step > 1 else 0.0
+            error = min(residual, residual**2 / gap) if gap > 0 else residual
+            if ended or error <= 0.5 * rtol * values[-1].item():
+                yield torch.stack(basis, dim=1) @ vectors[:, -1].to(gram.device)
+                next_look = step + max(4, step // 2)  # it did not do: look again when there is more to see
+        if ended:
+            return
+        off_diagonal.append(remainder)
+        q = w / remainder
+        basis.append(q)
+
+
+def _scale(value: float, exponent: int, *, down: bool) -> float:
+    """``value * 2**exponent``, rounded outwards where it leaves the range of normal numbers."""
+    try:
+        scaled = math.ldexp(value, exponent)
+    except OverflowError:
+        return math.nextafter(math.inf, 0.0) if down else math.inf
+    if math.ldexp(scaled, -exponent) == value:
+        return scaled
+    return max(0.0, math.nextafter(scaled, -math.inf)) if down else math.nextafter(scaled, math.inf)
 
 
 class BoundCheck(NamedTuple):
-    """Theorem 1 on one layer and one batch.
+    """Theorem 1 on one linear map and one batch.
 
     Attributes:
         layer: qualified name.
-        lower, upper: guaranteed enclosure of the spectral norm of the weight.
+        map: what was checked: ``"linear"`` (y = W x + b as the layer computed it), ``"projection"`` (W x of one of the
+            projections inside ``nn.MultiheadAttention``, computed by the check) or ``"patch"`` (a convolution, from
+            each patch of the input to its position of the output).
+        lower, upper: guaranteed enclosure of the spectral norm of the matrix.
+        width: ``upper / lower - 1``, relative; 0 for a zero matrix.
         largest_gain: the largest ``||y - b|| / ||x||`` over the tokens of the batch.
         tightness: ``largest_gain / upper``, at most 1 up to the rounding of the layer's own arithmetic.
         holds: ``||y - b|| <= upper ||x||`` for every token, rounding of the forward pass allowed for.
-        tokens: how many inputs were checked.
+        tokens: how many inputs were checked; for a convolution, patches.
     """
 
     layer: str
+    map: str
     lower: float
     upper: float
+    width: float
     largest_gain: float
     tightness: float
     holds: bool
@@ -34,66 +245,85 @@ class BoundCheck(NamedTuple):
 
 
 @torch.no_grad()
-def check_bound(model: nn.Module, batch: Tensor, *, layers: Mapping[str, nn.Linear] | None = None) -> list[BoundCheck]:
+def check_bound(model: nn.Module, batch: Any, *, layers: Mapping[str, LinearMap] | None = None) -> list[BoundCheck]:
     r"""Check Theorem 1 on the inputs and outputs that each layer really sees.
 
     .. math:: \|W x\|_2 \le \sigma_{\max}(W) \|x\|_2
 
     The bias is not part of the theorem, so ``y - b`` is compared. The right-hand side uses a guaranteed upper end
-    (:func:`s2d.spectral.spectral_norm_bounds`), never an estimate from below. What the layer's own arithmetic can add
-    is allowed for: inputs, weight and output rounded to the precision of the output, and n products summed in float32
-    (float64 for float64), as every backend sums half precision. So a reported violation is a real one.
+    (:func:`spectral_norm_bounds`), never an estimate from below, for the weight that the call used. What the layer's
+    own arithmetic can add is allowed for: factors and output rounded to the coarsest dtype that takes part (TF32 and
+    bfloat16 products of float32 where the settings allow them), and the products summed in float32 (float64 for
+    float64). For the duration of the call, sums in half precision and compiled code are switched off. So a reported
+    violation is a real one.
+
+    Which linear map is bounded:
+
+    * ``nn.Linear`` and transformers' ``Conv1D``: y = W x, each token an input.
+    * ``nn.MultiheadAttention``: the projections q, k and v, one row each. Their outputs cannot be observed, so W x is
+      computed here, in the layer's own dtype, from the query, key and value that it was given.
+    * Convolutions, one row a group: y_pos = W patch_pos, where W is the kernel flattened to
+      ``(out_channels, in_channels * kernel entries)`` and the patch is what the kernel covers, padding included.
+      Stride, dilation and padding choose the patches. With zero padding the norm of the whole convolution is at most
+      :math:`s_1 \sqrt{\prod_d \lceil k_d / t_d \rceil}` for kernel sizes :math:`k_d` and strides :math:`t_d`:
+      :math:`\sum_{pos} \|W\,patch_{pos}\|^2 \le s_1^2 \sum_{pos} \|patch_{pos}\|^2`, and no entry of the input lies in
+      more patches than the product. (With dilation, :math:`t_d` is the stride over its common divisor with it.)
 
     Args:
         model: any module; left in the mode it is in, gradients off.
-        batch: what the model is called with.
-        layers: name to Linear; by default :func:`s2d.layers.linear_layers`.
+        batch: what the model is called with: a tuple holds positional arguments, a mapping keyword arguments, and
+            anything else, such as a tensor, is the only argument.
+        layers: name to :class:`s2d.layers.LinearMap`; by default ``linear_maps(model)``, and for every layer
+            ``linear_maps(model, include="*")``.
 
     Returns:
-        One row a layer that took part in the forward pass, in order of the model.
+        One row a map that took part in the forward pass, in the order of ``layers``; all calls of a layer, and of the
+        layers tied to it, count in one row. ``pandas.DataFrame(rows)`` is a table of them.
 
     Raises:
-        ValueError: if a layer's input, output or weight is not finite, or no layer took part.
+        TypeError: if ``layers`` holds anything but linear maps.
+        ValueError: if a layer's input, output or weight is not finite, its output is no tensor with a vector for each
+            of the input, or no layer took part.
 
     Example:
         >>> rows = check_bound(nn.Linear(8, 4), torch.randn(16, 8))
         >>> [row.holds for row in rows]
         [True]
+        >>> model = nn.Sequential(nn.Conv2d(3, 5, kernel_size=3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 2))
+        >>> rows = check_bound(model, torch.randn(2, 3, 8, 8), layers=linear_maps(model, include="*"))
+        >>> [(row.layer, row.map, row.tokens) for row in rows]
+        [('0', 'patch', 72), ('3', 'linear', 2)]
 
-    Paper: Theorem 1 (A.1), equation 7.
+    Paper: Theorem 1 (A.1), equation 7. Cost: a forward pass, and :func:`spectral_norm_bounds` of each matrix.
     """
-    layers = linear_layers(model) if layers is None else dict(layers)
-    bounds = {name: spectral_norm_bounds(layer.weight) for name, layer in layers.items()}
+    layers = linear_maps(model) if layers is None else dict(layers)
+    for name, linear in layers.items():
+        if not isinstance(linear, LinearMap):
+            raise TypeError(f"layers[{name!r}] is a {type(linear).__name__}: expected values as linear_maps(model) has")
     rows: dict[str, BoundCheck] = {}
 
-    def check(name: str, layer: nn.Linear, x: Tensor, y: Tensor) -> None:
-        allowance = _rounding_allowance(layer, y.dtype)
-        x, y = x.reshape(-1, x.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
-        bias = 0.0 if layer.bias is None else layer.bias.double()
-        x_norm, wx_norm = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(y - bias, dim=1)
-        if not (torch.isfinite(x_norm).all() and torch.isfinite(wx_norm).all()):
-            raise ValueError(f"layer {name}: input or output holds NaN or infinity, nothing can be checked")
-        lower, upper = bounds[name]
-        holds = bool((wx_norm <= upper * x_norm + allowance(x_norm, wx_norm)).all())
-        gain = (wx_norm / x_norm)[x_norm > 0]
-        largest = gain.max().item() if len(gain) else 0.0
-        before = rows.get(name)
-        if before is not None:  # a layer that is called several times in one forward pass
-            largest, holds = max(largest, before.largest_gain), holds and before.holds
-        tokens = len(x) + (before.tokens if before else 0)
-        rows[name] = BoundCheck(name, lower, upper, largest, largest / upper if upper > 0 else 0.0, holds, tokens)
+    def watch(name: str, linear: LinearMap) -> torch.utils.hooks.RemovableHandle:
+        def check(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            try:
+                rows[name] = _check_call(name, linear, linear.input(args, kwargs), output, rows.get(name))
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from error
 
-    handles = [
-        layer.register_forward_hook(
-            lambda module, args, kwargs, output, name=name: check(
-                name, module, args[0] if args else kwargs["input"], output
-            ),
-            with_kwargs=True,
-        )
-        for name, layer in layers.items()
-    ]
+        return linear.module.register_forward_hook(check, with_kwargs=True)
+
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    handles = []
     try:
-        model(batch)
+        for name, linear in layers.items():
+            tied = modules_sharing(model, linear) if holders[id(linear.weight)] > 1 else [linear]
+            handles += [watch(name, twin) for twin in {id(twin.module): twin for twin in tied}.values()]
+        with _plain_arithmetic():
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, tuple):
+                model(*batch)
+            else:
+                model(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -102,15 +332,167 @@ def check_bound(model: nn.Module, batch: Tensor, *, layers: Mapping[str, nn.Line
     return [rows[name] for name in layers if name in rows]
 
 
-def _rounding_allowance(layer: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """How far rounding can lift ``||y - b||``, by ``||x||`` and ``||y - b||``, for outputs of one dtype."""
-    info = torch.finfo(dtype)
-    unit = info.eps / 2
-    summation = unit if dtype == torch.float64 else min(unit, 2.0**-24)
-    n, m = layer.in_features, layer.out_features
-    frobenius = torch.linalg.matrix_norm(layer.weight.double())
-    bias = 0.0 if layer.bias is None else torch.linalg.vector_norm(layer.bias.double())
-    relative = (4 * unit + 2 * (n + 2) * summation) * frobenius
-    # Among subnormal numbers the error is absolute.
-    absolute = info.smallest_normal * info.eps * (m**0.5 * (n + 2) + frobenius * n**0.5)
-    return lambda x_norm, wx_norm: relative * x_norm + 4 * unit * (wx_norm + 2 * bias) + absolute
+@contextlib.contextmanager
+def _plain_arithmetic() -> Iterator[None]:
+    """No sums in half precision, no compiled code (which skips hooks), one value for each parametrized weight."""
+    settings = torch.backends.cuda.matmul
+    before = {}
+    for name in HALF_PRECISION_SUMS:
+        if hasattr(settings, name):
+            before[name] = getattr(settings, name)
+            if hasattr(settings, f"{name}_split_k"):
+                before[name] = (before[name], getattr(settings, f"{name}_split_k"))
+    # Without torch._dynamo, which takes seconds to import, nothing can have been compiled.
+    compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    try:
+        for name in before:
+            setattr(settings, name, False)
+        with eager, parametrize.cached():
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
+
+
+def _check_call(name: str, linear: LinearMap, x: Tensor, output: Any, before: BoundCheck | None) -> BoundCheck:
+    """The row of a map after one more call."""
+    if before is None:
+        lower, upper = spectral_norm_bounds(_matrix(linear))
+        if upper > 1e300:
+            raise ValueError(f"its weight has a norm of {upper:.3g}, too near the end of float64 for a check")
+        width = upper / lower - 1 if lower > 0 else (math.inf if upper > 0 else 0.0)
+        before = BoundCheck(name, _kind(linear), lower, upper, width, 0.0, 0.0, True, 0)
+    x_norm, wx_norm, allowance = _norms_of_call(linear, x, output)
+    holds = bool((wx_norm <= before.upper * x_norm + allowance).all())
+    gain = (wx_norm / x_norm)[x_norm > 0]
+    largest = max(before.largest_gain, gain.max().item() if len(gain) else 0.0)
+    return before._replace(
+        largest_gain=largest,
+        tightness=largest / before.upper if before.upper > 0 else 0.0,
+        holds=holds and before.holds,
+        tokens=before.tokens + len(x_norm),
+    )
+
+
+def _matrix(linear: LinearMap) -> Tensor:
+    """The matrix of a map; a copy where the memory format (channels_last) allows no view."""
+    return linear.matrix(linear.weight.contiguous())
+
+
+def _kind(linear: LinearMap) -> str:
+    if isinstance(linear.module, CONVOLUTIONS):
+        return "patch"
+    return "projection" if isinstance(linear.module, nn.MultiheadAttention) else "linear"
+
+
+def _norms_of_call(linear: LinearMap, x: Tensor, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``||x||``, ``||y - b||`` and how far rounding can lift the latter, in float64, one entry a token."""
+    kind, bias = _kind(linear), None
+    y = F.linear(x, _matrix(linear)) if kind == "projection" else output
+    if not isinstance(y, Tensor):
+        raise ValueError(f"its output is a {type(y).__name__}, and a tensor is needed")
+    vectors = y
+    if kind == "patch":
+        x_norm, near, far = _patch_norms(linear, x)
+        channels = slice(*linear.rows) if linear.rows else slice(None)
+        vectors = y.movedim(-1 - len(linear.module.kernel_size), -1)[..., channels]
+        bias = linear.module.bias[channels] if linear.module.bias is not None else None
+    else:
+        x_norm = near = far = _norms(_float64(x.reshape(-1, x.shape[-1])))
+        bias = linear.module.bias if kind == "linear" else None
+    vectors = _float64(vectors.reshape(-1, vectors.shape[-1]))
+    if vectors.shape != (len(x_norm), linear.shape[0]):
+        raise ValueError(
+            f"its output has shape {tuple(y.shape)}, and a vector of {linear.shape[0]} entries is needed for each of "
+            f"{len(x_norm)} inputs"
+        )
+    if bias is not None:
+        bias = _float64(bias)
+        vectors = vectors - bias
+    wx_norm = _norms(vectors)
+    return x_norm, wx_norm, _allowance(linear, x, y, bias, wx_norm, near, far)
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """The norm of every row, scaled so that no square overflows."""
+    exponent = _checked_exponent(vectors)
+    return _times_power_of_two(torch.linalg.vector_norm(_times_power_of_two(vectors, -exponent), dim=1), exponent).cpu()
+
+
+def _checked_exponent(tensor: Tensor) -> int:
+    if not torch.isfinite(tensor).all():
+        raise ValueError("input or output holds NaN or infinity, nothing can be checked")
+    return (_exponent(tensor) if tensor.numel() else None) or 0
+
+
+def _patch_norms(linear: LinearMap, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of every patch, of the largest patch of its sample, and of the whole sample."""
+    conv = linear.module
+    channels = conv.in_channels // conv.groups
+    group = linear.rows[0] // linear.shape[0] if linear.rows else 0
+    x = _float64(x if x.ndim == len(conv.kernel_size) + 2 else x[None]).narrow(1, group * channels, channels)
+    exponent = _checked_exponent(x)
+    energy = _times_power_of_two(x, -exponent).square().sum(1, keepdim=True)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    energy = F.pad(energy, conv._reversed_padding_repeated_twice, mode=mode)
+    sample = energy.flatten(1).sum(1, keepdim=True)
+    for axis, (size, stride, dilation) in enumerate(
+        zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2
+    ):
+        # A view of the windows along one axis at a time: sums of positive numbers, with no convolution's rounding.
+        energy = energy.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation].sum(-1)
+    patch = energy.flatten(1)
+    norms = (patch, patch.amax(1, keepdim=True).expand_as(patch), sample.expand_as(patch))
+    return tuple(_times_power_of_two(square.sqrt(), exponent).flatten().cpu() for square in norms)
+
+
+def _allowance(
+    linear: LinearMap, x: Tensor, y: Tensor, bias: Tensor | None, wx_norm: Tensor, near: Tensor, far: Tensor
+) -> Tensor:
+    """How far rounding can lift ``||y - b||``, norms of this module included.
+
+    Where a kernel computes many positions of a convolution at once (Winograd, FFT), the rounding of one depends on the
+    inputs of the others: ``near`` is then the largest patch, and ``far`` the whole sample.
+    """
+    convolution = isinstance(linear.module, CONVOLUTIONS)
+    m, n = linear.shape
+    coarsest = max({x.dtype, y.dtype, linear.weight.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
+    factor, tiny = torch.finfo(coarsest).eps / 2, torch.finfo(coarsest).smallest_normal
+    if coarsest == torch.float16:
+        tiny *= torch.finfo(coarsest).eps  # only float16 has subnormal numbers everywhere
+    if coarsest == torch.float32:
+        factor = _float32_factors(y.device.type, convolution)
+    wide = torch.float64 if coarsest == torch.float64 else torch.float32
+    # Tensor cores align their addends to the largest and cut off: four times the unit roundoff of float32.
+    sums = (m + n + (100 if convolution else 2)) * (2.0**-52 if wide == torch.float64 else 2.0**-22)
+    output = torch.finfo(y.dtype).eps / 2
+    b = 0.0 if bias is None else torch.linalg.vector_norm(bias).item()
+    frobenius = _norms(_float64(_matrix(linear).reshape(1, -1))).item()
+    return (
+        # Both factors rounded, to relative precision and among subnormal numbers; 2**-480 for what the norms of x lose
+        # to underflow beside the largest input of the call.
+        (3 * factor * frobenius + 2 * math.sqrt(m * n) * tiny) * 2 * near
+        + sums * frobenius * far
+        + 2.0**-480 * frobenius * (far.max() if len(far) else 0.0)
+        + 4 * output * (wx_norm + 2 * b)
+        + (2 * factor + sums) * b
+        + 2 * tiny * (math.sqrt(n) * frobenius + math.sqrt(m))
+        + sums * math.sqrt(m) * torch.finfo(wide).smallest_normal / torch.finfo(wide).eps
+    )
+
+
+def _float32_factors(device: str, convolution: bool) -> float:
+    """The unit roundoff of float32 factors in a product: that of TF32 or bfloat16 where a setting allows it."""
+    backends = torch.backends
+    try:
+        if device == "cpu":
+            settings = [backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision]
+        elif device == "cuda":
+            settings = [backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision]
+        else:
+            return BFLOAT16_FACTORS
+    except AttributeError:  # torch before 2.9
+        settings = [torch.get_float32_matmul_precision(), "tf32" if device == "cuda" else "ieee"]
+    # A convolution may also be computed as a matrix product.
+    return max(FLOAT32_FACTORS.get(setting, BFLOAT16_FACTORS) for setting in settings[: 2 if convolution else 1])

@@ -1,87 +1,356 @@
-"""Which layers are meant: by default, the Linear layers inside the transformer blocks."""
+"""Which linear maps are meant: by default, those of the transformer blocks, whatever module holds their weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Wrappers put their own name before the model's; a layer keeps its name with and without them.
+OUTER_WRAPPERS = ("module", "_orig_mod")
+# torch.compile and activation checkpointing also wrap single modules, deep inside a name.
+INNER_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+# How low-rank adapters without PEFT (loralib, torchtune, diffusers) call their factors.
+LORA_FACTORS = {"lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up"}
 
 
-def linear_layers(
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map ``y = W x`` inside a model, and where its matrix W is found.
+
+    Attributes:
+        name: qualified name; a packed or grouped parameter gives one map a part (``attn.q``, ``conv.group0``).
+        module: the module whose call applies the map.
+        parameter: attribute of ``module`` that holds the matrix.
+        rows: the part of the parameter's first dimension that belongs to this map, or None for all of it.
+        transposed: whether the parameter is stored ``(in_features, out_features)``.
+        argument: position of the input among the module's arguments.
+        keyword: name of the input when it is passed by keyword.
+
+    Example:
+        >>> LinearMap("fc", nn.Linear(3, 2)).shape
+        (2, 3)
+
+    Paper: none.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str = "weight"
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+    argument: int = 0
+    keyword: str = "input"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that holds the matrix, read anew each time because wrappers replace it."""
+        return getattr(self.module, self.parameter)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)`` of the matrix."""
+        size = self.weight.shape
+        first = size[0] if self.rows is None else self.rows[1] - self.rows[0]
+        second = size[1:].numel()
+        return (second, first) if self.transposed else (first, second)
+
+    def matrix(self, tensor: Tensor | None = None) -> Tensor:
+        """The part of a tensor shaped like the parameter (by default itself) that is this map's, as a matrix.
+
+        For a convolution this is the matrix that acts on one flattened patch of the input. The result shares memory
+        with the tensor, so that a gradient can be changed in place; only of a ``DTensor`` it may be a copy.
+
+        Raises:
+            ValueError: for a kernel whose memory layout (channels_last) does not allow a view.
+        """
+        tensor = self.weight if tensor is None else tensor
+        part = tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+        if part.ndim > 2:
+            try:
+                part = part.view(part.shape[0], -1)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the kernel of layer {_label(self)} is no matrix in memory, its layout is channels_last: call "
+                    f"model.to(memory_format=torch.contiguous_format), or leave it out with exclude={self.name!r}"
+                ) from error
+        return part.T if self.transposed else part
+
+    def input(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The input x among the arguments of a call of ``module``."""
+        return args[self.argument] if len(args) > self.argument else kwargs[self.keyword]
+
+
+def linear_maps(
     model: nn.Module,
     *,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] = (),
-) -> dict[str, nn.Linear]:
-    """The Linear layers to watch, by qualified name, in the order of the model.
+    include: Selector | None = None,
+    exclude: Selector = (),
+) -> dict[str, LinearMap]:
+    """The linear maps of a model to watch, by qualified name, in the order of the model.
 
-    Without ``include``, a layer counts when it lies inside a *block*: an entry of a list of at least two modules of the
-    same class, such as timm's ``blocks.N``. A model without blocks gives all its Linear layers. A weight shared by
-    several layers appears once, under its first name. ``nn.MultiheadAttention`` reads the weight of its ``out_proj``
-    without calling the layer, so nothing can be watched there and it does not count.
+    Found are ``nn.Linear``, the ``Conv1D`` of transformers' GPT-2, the query, key and value projections packed inside
+    ``nn.MultiheadAttention``, and convolutions, one map a group. Without ``include``, a map counts when it lies inside
+    a *block*, an entry of a list of at least two modules of the same class such as timm's ``blocks.N``, and is no
+    convolution. A model without blocks gives all its maps but convolutions. ``nn.MultiheadAttention`` reads the weight
+    of its ``out_proj`` without calling the layer, so its input cannot be watched and it does not count. Experts stacked
+    in one three-dimensional parameter, as in transformers' Mixtral, are not found.
+
+    A weight that several modules share appears once, under its first name, and not at all when ``exclude`` names any
+    of them. What DataParallel wrappers, ``torch.compile`` and activation checkpointing add to a name is left out.
 
     Args:
         model: any module.
-        include: glob patterns of names (``"blocks.*.mlp.fc*"``) that replace the default choice.
-        exclude: glob patterns of names to leave out.
+        include: glob patterns of names (``"blocks.*.mlp.fc*"``), or a function of name and module, that replace the
+            default choice.
+        exclude: the same, to leave out.
 
     Returns:
-        Name to layer, never empty.
+        Name to map, never empty.
 
     Raises:
-        ValueError: when no layer is left, or a pattern matches no Linear layer.
+        ValueError: when no map is left, a pattern matches nothing, or a chosen layer cannot be decayed (an adapter of
+            PEFT, a quantized or parametrized weight, one without a shape yet, a flat parameter of FSDP1).
 
     Example:
-        >>> list(linear_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
+        >>> list(linear_maps(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
         ['0', '2']
+        >>> list(linear_maps(nn.MultiheadAttention(4, 2)))
+        ['q', 'k', 'v']
 
     Paper: "for layer l = 1 to L" in Algorithm 1; the paper's tables report FFN layers.
     """
-    linears = {name: module for name, module in model.named_modules() if _is_called(module)}
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear layer, and S2D acts on those")
+    _refuse_fsdp1(model)
+    model = _unwrap(model)
+    found = {linear.name: linear for linear in _find(model)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layer, and S2D acts on those")
     if include is None:
+        dense = {name: linear for name, linear in found.items() if not isinstance(linear.module, CONVOLUTIONS)}
+        if not dense:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layers but convolutions, which are watched only where include= "
+                f"names them; there are: {_listing(found)}"
+            )
         blocks = _block_prefixes(model)
-        chosen = {name: layer for name, layer in linears.items() if name.startswith(blocks)} or linears
+        chosen = {name: linear for name, linear in dense.items() if name.startswith(blocks)} or dense
     else:
-        chosen = {name: layer for name, layer in linears.items() if _matches(name, include, linears)}
-    chosen = {name: layer for name, layer in chosen.items() if not _matches(name, exclude, linears)}
+        chosen = _select(found, include)
+    left_out = {_identity(linear) for linear in _select(found, exclude).values()}
+    chosen = {name: linear for name, linear in chosen.items() if _identity(linear) not in left_out}
     if not chosen:
-        raise ValueError(f"include={include!r} and exclude={exclude!r} leave none of: {', '.join(linears)}")
-    seen: set[int] = set()
-    # set.add returns None, so this keeps the first layer that holds each weight.
-    return {n: m for n, m in chosen.items() if id(m.weight) not in seen and not seen.add(id(m.weight))}
+        raise ValueError(f"include={include!r} and exclude={exclude!r} leave none of: {_listing(found)}")
+    adapters = _adapter_names(model)
+    for linear in chosen.values():
+        _refuse(linear, adapters)
+    first = {}
+    for linear in chosen.values():
+        first.setdefault(_identity(linear), linear)
+    return {linear.name: linear for linear in first.values()}
 
 
-def _is_called(module: nn.Module) -> bool:
-    """Whether a module is a Linear layer whose inputs a hook can see (MultiheadAttention's ``out_proj`` is not)."""
-    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+def modules_sharing(model: nn.Module, linear: LinearMap) -> list[LinearMap]:
+    """Every map of the model with the same weight: itself, and those of the modules tied to it.
+
+    Example:
+        >>> tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> tied[1].weight = tied[0].weight
+        >>> [twin.name for twin in modules_sharing(tied, linear_maps(tied)["0"])]
+        ['0', '1']
+
+    Paper: none.
+    """
+    return [other for other in _find(_unwrap(model)) if _identity(other) == _identity(linear)]
+
+
+def _identity(linear: LinearMap) -> tuple:
+    """What tells maps of one weight from others; a parametrized weight is another tensor each time one looks."""
+    owned = linear.module._parameters.get(linear.parameter)
+    return (id(linear.module), linear.parameter, linear.rows) if owned is None else (id(owned), linear.rows)
+
+
+def _find(model: nn.Module) -> Iterator[LinearMap]:
+    """Every linear map of an unwrapped model, tied weights included."""
+    uncalled = set()
+    for name, module in _named_modules(model):
+        if id(module) in uncalled:
+            continue
+        if _is_conv1d_of_gpt2(module):
+            yield LinearMap(name, module, transposed=True, keyword="x")
+        elif isinstance(module, nn.Linear):
+            yield LinearMap(name, module)
+        elif isinstance(module, nn.MultiheadAttention):
+            uncalled.add(id(module.out_proj))
+            yield from _attention_maps(name, module)
+        elif isinstance(module, CONVOLUTIONS):
+            size = module.out_channels // module.groups
+            for group in range(module.groups):
+                label = name if module.groups == 1 else _join(name, f"group{group}")
+                rows = None if module.groups == 1 else (group * size, (group + 1) * size)
+                yield LinearMap(label, module, rows=rows)
+
+
+def _is_conv1d_of_gpt2(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, or a class made from it, without importing transformers."""
+    return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+
+
+def _attention_maps(name: str, module: nn.MultiheadAttention) -> Iterator[LinearMap]:
+    width = module.embed_dim
+    for position, (part, keyword) in enumerate(zip("qkv", ("query", "key", "value"), strict=True)):
+        where = {"argument": position, "keyword": keyword}
+        if module._qkv_same_embed_dim:  # asking for in_proj_weight would compute it, if it is parametrized
+            rows = (position * width, (position + 1) * width)
+            yield LinearMap(_join(name, part), module, "in_proj_weight", rows, **where)
+        else:
+            yield LinearMap(_join(name, part), module, f"{part}_proj_weight", **where)
+
+
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def plain_name(name: str) -> str:
+    """A qualified name without what DataParallel wrappers, ``torch.compile`` and checkpointing put into it.
+
+    Example:
+        >>> plain_name("module._orig_mod.blocks.0.mlp")
+        'blocks.0.mlp'
+
+    Paper: none.
+    """
+    parts = name.split(".")
+    while parts and parts[0] in OUTER_WRAPPERS:
+        parts = parts[1:]
+    return ".".join(part for part in parts if part not in INNER_WRAPPERS)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers; a ``module`` beside other children is the model's own."""
+    while len(model._modules) == 1 and not model._modules.keys().isdisjoint(OUTER_WRAPPERS):
+        (model,) = model._modules.values()
+    return model
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Plain name and module, a shared module under each of its names, for an unwrapped model."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        yield ".".join(part for part in name.split(".") if part not in INNER_WRAPPERS), module
 
 
 def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Name prefixes of the entries of repeated-block containers; Linear entries are layers, not blocks."""
     prefixes = []
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+    for name, container in _named_modules(model):
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
-        classes = [type(child) for child in module.children()]
-        repeated = {c for c in classes if classes.count(c) > 1 and _holds_linear(module, c)}
-        prefixes += [
-            f"{name}.{key}." if name else f"{key}." for key, child in module.named_children() if type(child) in repeated
-        ]
+        # Not named_children(), for which a block that is repeated with the same weights is one.
+        entries = {key: _without_wrapper(child) for key, child in container._modules.items() if child is not None}
+        counts = Counter(_kind(entry) for entry in entries.values())
+        repeated = {kind for kind, count in counts.items() if count > 1}
+        holding = {kind for kind in repeated if any(_holds_map(e) for e in entries.values() if _kind(e) == kind)}
+        prefixes += [f"{_join(name, key)}." for key, entry in entries.items() if _kind(entry) in holding]
     return tuple(prefixes)
 
 
-def _holds_linear(container: nn.Module, block_class: type) -> bool:
-    """Whether a child of that class holds a Linear layer (a Linear itself is a layer, not a block)."""
-    children = [child for child in container.children() if type(child) is block_class]
-    return any(isinstance(inner, nn.Linear) and inner is not child for child in children for inner in child.modules())
+def _without_wrapper(module: nn.Module) -> nn.Module:
+    while inside := [module._modules[wrapper] for wrapper in INNER_WRAPPERS if wrapper in module._modules]:
+        module = inside[0]
+    return module
 
 
-def _matches(name: str, patterns: str | Sequence[str], names: dict[str, nn.Linear]) -> bool:
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+def _kind(module: nn.Module) -> str:
+    """The class of a block; FSDP2 gives each module that it shards a class of its own."""
+    return type(module).__name__.removeprefix("FSDP")
+
+
+def _holds_map(entry: nn.Module) -> bool:
+    """Whether a linear layer lies inside (a Linear itself is a layer, not a block)."""
+    return any(isinstance(m, nn.Linear) or _is_conv1d_of_gpt2(m) for m in entry.modules() if m is not entry)
+
+
+def _select(found: dict[str, LinearMap], selector: Selector) -> dict[str, LinearMap]:
+    if callable(selector):
+        return {name: linear for name, linear in found.items() if selector(name, linear.module)}
+    patterns = [selector] if isinstance(selector, str) else list(selector)
     for pattern in patterns:
-        if not any(fnmatchcase(other, pattern) for other in names):
-            raise ValueError(f"pattern {pattern!r} matches no Linear layer; there are: {', '.join(names)}")
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise ValueError(f"pattern {pattern!r} matches no linear layer; there are: {_listing(found)}")
+    return {name: linear for name, linear in found.items() if any(fnmatchcase(name, p) for p in patterns)}
+
+
+def _listing(found: dict[str, LinearMap], most: int = 100) -> str:
+    """Names for an error message; a convolution can have a thousand groups."""
+    names = [name or "''" for name in itertools.islice(found, most)]
+    return ", ".join(names) + (f", and {len(found) - most} more" if len(found) > most else "")
+
+
+def _label(linear: LinearMap) -> str:
+    """A map's name for an error message; a model that is one layer has none."""
+    return linear.name or type(linear.module).__name__
+
+
+def _adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that PEFT, or a library like it, puts in place of a layer."""
+    return tuple(
+        name
+        for name, module in _named_modules(model)
+        if (hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"))
+        or not LORA_FACTORS.isdisjoint(module._modules.keys() | module._parameters.keys())
+    )
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in FSDP1, which flattens its weights so that no matrix is left: "
+                "use torch.distributed.fsdp.fully_shard (FSDP2) or DistributedDataParallel"
+            )
+
+
+def _refuse(linear: LinearMap, adapters: tuple[str, ...]) -> None:
+    layer, leave_out = f"layer {_label(linear)}", f"leave it out with exclude={linear.name!r}"
+    if any(linear.name == name or linear.name.startswith(_join(name, "")) for name in adapters):
+        raise ValueError(
+            f"{layer} belongs to a PEFT adapter, whose merged weight (W + BA for LoRA) is what the activations see; "
+            "decaying W, A or B alone means something else: train after model.merge_and_unload(), or leave the "
+            "adapters out with exclude="
+        )
+    if linear.parameter not in linear.module._parameters:
+        raise ValueError(
+            f"{layer} has a parametrized weight: it is computed anew from other tensors, and decay acts on the tensor "
+            "the optimizer owns; remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations), or "
+            f"{leave_out}"
+        )
+    weight = linear.weight
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{layer} has no shape yet: pass one batch through the model first, or {leave_out}")
+    if not _holds_real_numbers(weight):
+        kind = weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
+        raise ValueError(
+            f"{layer} holds {kind} codes: S2D needs the real weight, so train before quantizing, or {leave_out}"
+        )
+    if weight.ndim < 2:
+        raise ValueError(
+            f"{layer} has a weight of shape {tuple(weight.shape)}: expected a matrix (FSDP1 and ZeRO-3 flatten "
+            "weights; use torch.distributed.fsdp.fully_shard)"
+        )
+    if weight.ndim > 2:  # raises for channels_last, now rather than in the first step
+        linear.matrix(torch.empty_strided(weight.shape, weight.stride(), device="meta"))
+
+
+def _holds_real_numbers(tensor: Tensor) -> bool:
+    """Whether all that is stored are floating-point numbers of 16 bits or more, also inside a tensor subclass."""
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's; also DTensor
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return all(_holds_real_numbers(part) for part in parts if isinstance(part, Tensor))  # DTensor has a mesh too
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1

@@ -191,15 +191,17 @@ def watch_activations(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ac
 class OutlierRows:
     """The outlier activations of one linear layer: the largest ``|y_ij|`` seen, with the inputs that made them.
 
-    Only ``capacity`` rows are kept, so a layer costs ``capacity * in_features`` numbers however many tokens pass.
+    Only ``capacity`` rows are kept, so a layer costs ``capacity * in_features`` numbers however many tokens pass. They
+    live in buffers of fixed size that an update changes in place, so that ``torch.compile`` can trace it.
 
     Args:
         capacity: how many activations to keep.
 
-    Attributes:
-        magnitude: ``(r,)`` the ``|y_ij|``, largest first, ``r <= capacity``.
-        neuron: ``(r,)`` the output index i of each.
-        x: ``(r, in_features)`` the input x_j of each.
+    Example:
+        >>> rows = OutlierRows(capacity=2)
+        >>> rows.update(torch.eye(2), torch.tensor([[1.0, -5.0], [3.0, 0.0]]))
+        >>> rows.magnitude, rows.neuron
+        (tensor([5., 3.]), tensor([1, 0]))
 
     Paper: main text, PCDR ("outlier activations"; second-hand).
     """
@@ -208,16 +210,38 @@ class OutlierRows:
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}: keep at least one outlier")
         self.capacity = capacity
-        self.magnitude: Tensor | None = None
-        self.neuron: Tensor | None = None
-        self.x: Tensor | None = None
+        self._magnitude: Tensor | None = None  # -1 where nothing is kept yet
+        self._neuron: Tensor | None = None
+        self._x: Tensor | None = None
 
     def __len__(self) -> int:
-        return 0 if self.magnitude is None else len(self.magnitude)
+        return 0 if self._magnitude is None else int((self._magnitude >= 0).sum())
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """``(r,)`` the ``|y_ij|``, largest first, ``r <= capacity``; None when nothing was seen."""
+        return self._magnitude[: len(self)] if len(self) else None
+
+    @property
+    def neuron(self) -> Tensor | None:
+        """``(r,)`` the output index i of each."""
+        return self._neuron[: len(self)] if len(self) else None
+
+    @property
+    def x(self) -> Tensor | None:
+        """``(r, in_features)`` the input x_j of each."""
+        return self._x[: len(self)] if len(self) else None
+
+    def allocate(self, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the buffers, empty; the first update does it otherwise."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        self._magnitude = torch.full((self.capacity,), -1.0, dtype=dtype, device=device)
+        self._neuron = torch.zeros(self.capacity, dtype=torch.int64, device=device)
+        self._x = torch.zeros(self.capacity, in_features, dtype=dtype, device=device)
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Merge one forward pass.
+        """Merge one forward pass. A token whose output is not finite is passed over.
 
         Args:
             x: layer input ``(..., in_features)``.
@@ -226,15 +250,24 @@ class OutlierRows:
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if y.numel() == 0:
             return
-        magnitude, flat = y.abs().flatten().topk(min(self.capacity, y.numel()))
-        neuron, rows = flat % y.shape[1], x[flat // y.shape[1]]
-        if self.magnitude is not None:
-            magnitude = torch.cat([self.magnitude, magnitude])
-            neuron, rows = torch.cat([self.neuron, neuron]), torch.cat([self.x, rows])
-            magnitude, keep = magnitude.topk(min(self.capacity, len(magnitude)))
-            neuron, rows = neuron[keep], rows[keep]
-        self.magnitude, self.neuron, self.x = magnitude, neuron, rows
+        if self._magnitude is None:
+            self.allocate(x.shape[1], torch.promote_types(x.dtype, y.dtype), x.device)
+        # The largest entries lie in the tokens with the largest maxima, and those are quicker to find.
+        peak = y.abs().amax(dim=1)
+        peak, token = torch.where(torch.isfinite(peak), peak, -1.0).topk(min(self.capacity, len(y)))
+        size = torch.where(peak[:, None] >= 0, y[token].abs(), -1.0).flatten()
+        size, flat = size.topk(min(self.capacity, len(size)))
+        self.merge(size, flat % y.shape[1], x[token[flat // y.shape[1]]])
+
+    @torch.no_grad()
+    def merge(self, magnitude: Tensor, neuron: Tensor, x: Tensor) -> None:
+        """Merge activations, in any order, into buffers that exist."""
+        magnitude = torch.cat([self._magnitude, magnitude.to(self._magnitude)])
+        magnitude, keep = magnitude.topk(self.capacity)
+        self._magnitude.copy_(magnitude)
+        self._neuron.copy_(torch.cat([self._neuron, neuron.to(self._neuron)])[keep])
+        self._x.copy_(torch.cat([self._x, x.to(self._x)])[keep])
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.magnitude = self.neuron = self.x = None
+        """Forget everything and free the buffers."""
+        self._magnitude = self._neuron = self._x = None

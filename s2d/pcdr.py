@@ -12,6 +12,8 @@ from torch import Tensor
 
 from s2d.spectral import SingularTriplets, as_matrix, top_singular_triplets
 
+ROUNDING = 1e-6  # of a ratio computed in float32: a weight of rank one has PCDR 1 only up to this
+
 
 def activation_pcdr(
     weight: Tensor,
@@ -95,12 +97,12 @@ def spectral_pcdr(weight: Tensor, *, k_max: int = 3, triplets: SingularTriplets 
         triplets = top_singular_triplets(weight, k_max)
     elif not 1 <= k_max <= len(triplets.s):
         raise ValueError(f"k_max is {k_max}, but {len(triplets.s)} triplets were given")
-    # Divided by the largest entry first: the squares of a huge or tiny weight would leave the range of float32.
-    scale = matrix.abs().max()
-    if scale == 0:
-        return torch.zeros(k_max, dtype=matrix.dtype, device=matrix.device)
-    energy = (triplets.s[:k_max].to(matrix) / scale).square().cumsum(0)
-    return (energy / (matrix / scale).square().sum()).clamp(max=1.0)
+    # Relative to s_1, because the squares of a huge or tiny weight would leave the range of float32.
+    s = triplets.s[:k_max].to(matrix)
+    if s[0] == 0:
+        return torch.zeros_like(s)
+    total = torch.linalg.matrix_norm(matrix / s[0])
+    return ((s / s[0]).square().cumsum(0) / total.square()).clamp(max=1.0)
 
 
 def layer_pcdr(ratios: Tensor) -> Tensor:
@@ -148,5 +150,5 @@ def outlier_rank(pcdr: Tensor, tau: float) -> int | None:
     """
     if not 0 < tau <= 1:
         raise ValueError(f"tau is {tau}: a dominance ratio lies in (0, 1]")
-    reached = (pcdr >= tau).nonzero()
+    reached = (pcdr >= tau * (1 - ROUNDING)).nonzero()
     return int(reached[0]) + 1 if len(reached) else None

@@ -1,4 +1,4 @@
-r"""Selective Spectral Decay: Algorithm 1, for any training loop.
+r"""Selective Spectral Decay: Algorithm 1, for any training loop, on one process or many.
 
 The penalty on one layer, over its selected components, and its gradient are
 
@@ -11,20 +11,26 @@ The literal transcription, with dense penalty matrices and full SVDs, is :class:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+import time
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from s2d.layers import linear_layers
-from s2d.outliers import OutlierRows
+from s2d import distributed
+from s2d.layers import CONVOLUTIONS, LinearMap, Selector, linear_maps, modules_sharing
 from s2d.pcdr import activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
-from s2d.spectral import SingularTriplets, top_singular_triplets
+from s2d.spectral import SingularTriplets, SolvedTriplets, solve_top_triplets
+from s2d.watch import OutlierWatch
 
 CRITERIA = ("activation", "spectral", "all")
 COEFFICIENTS = ("cached", "live")
 COUPLINGS = ("gradient", "decoupled")
+FIELDS = ("u", "s", "v", "pcdr")  # what a layer keeps between refreshes, beside its rank
+REFRESH_TOL = 5e-5  # residual of the triplets relative to s_1; the penalty is then right to about 1e-4
 
 
 def spectral_penalty(s: Tensor, *, lam: float, power: float = 2) -> Tensor:
@@ -69,38 +75,85 @@ def add_spectral_penalty_(target: Tensor, triplets: SingularTriplets, coefficien
     return target.addmm_((triplets.u * coefficients).to(target.dtype), triplets.v.T.to(target.dtype), alpha=scale)
 
 
-class LayerReport(NamedTuple):
-    """What the last refresh found in one layer; ``rank`` is None where nothing is penalised."""
+def penalty_cosine(a: SingularTriplets, b: SingularTriplets, *, power: float = 2, rank: int | None = None) -> float:
+    r"""Cosine similarity of two penalty matrices, from their factors.
 
-    layer: str
-    rank: int | None
-    pcdr: tuple[float, ...]
-    s: tuple[float, ...]
+    .. math:: \frac{\langle U_a S_a^n V_a^\top,\; U_b S_b^n V_b^\top \rangle_F}{\|S_a^n\|\,\|S_b^n\|}
+
+    Args:
+        a, b: triplets of two weights of one shape.
+        power: the exponent n.
+        rank: how many components of each; by default all.
+
+    Returns:
+        From -1 to 1; 1 when both penalties are zero, 0 when one of them is.
+
+    Example:
+        >>> t = SingularTriplets(torch.eye(2), torch.tensor([2.0, 1.0]), torch.eye(2))
+        >>> penalty_cosine(t, t)
+        1.0
+
+    Paper: appendix G.2.
+    """
+    u_a, s_a, v_a = (part[..., :rank].double() for part in a)
+    u_b, s_b, v_b = (part[..., :rank].double() for part in b)
+    c_a, c_b = s_a**power, s_b**power
+    norm_a, norm_b = torch.linalg.vector_norm(c_a), torch.linalg.vector_norm(c_b)
+    if norm_a == 0 or norm_b == 0:
+        return float(norm_a == norm_b)
+    overlap = (u_a.T @ u_b) * (v_a.T @ v_b)
+    return float((c_a / norm_a) @ overlap @ (c_b / norm_b))
 
 
 class _WatchedLayer:
-    """One layer: what the last refresh left behind, and the outliers gathered for the next."""
+    """One layer: what the last refresh left behind."""
 
-    def __init__(self, layer: nn.Linear, outliers: int) -> None:
-        self.layer = layer
-        self.rows = OutlierRows(outliers)
+    def __init__(self, linear: LinearMap) -> None:
+        self.linear = linear
+        self.optimizer: torch.optim.Optimizer | None = None
         self.triplets: SingularTriplets | None = None
         self.pcdr: Tensor | None = None
-        self.rank: int | None = None
+        self.rank = 0  # how many components are penalised
+        self.error = self.seconds = 0.0
+        self.full_svd = False
+        self._factors: tuple[distributed.Block, Tensor, Tensor] | None = None
 
     def selected(self) -> SingularTriplets:
-        return SingularTriplets(*(t[..., : self.rank] for t in self.triplets))
+        """The penalised triplets."""
+        return SingularTriplets(*(part[..., : self.rank] for part in self.triplets))
+
+    def local_factors(self) -> tuple[distributed.Block, Tensor, Tensor]:
+        """This rank's block of the matrix, and the rows of the selected U and V that meet it."""
+        if self._factors is None:
+            block, selected = distributed.local_block(self.linear), self.selected()
+            self._factors = block, selected.u[block.rows], selected.v[block.columns]
+        return self._factors
+
+    def set(self, triplets: SingularTriplets, pcdr: Tensor, rank: int) -> None:
+        """What a refresh found."""
+        self.triplets, self.pcdr, self.rank, self._factors = triplets, pcdr, rank, None
 
 
 class SelectiveSpectralDecay:
     """Selective Spectral Decay as Algorithm 1 prints it, attached to an optimizer by its step hook.
 
     Every ``refresh_every`` optimizer steps it finds the top singular triplets of each watched layer, decides by PCDR
-    how many of them make the layer's outliers, and keeps them; at every step it adds their penalty to the gradient
-    (after any clipping, since that happens before ``optimizer.step()``) or, decoupled, to the weight.
+    how many of them make the layer's outliers, and keeps them; at every step it adds their penalty to the gradient or,
+    decoupled, to the weight. No matrix of a weight's size is stored: the triplets take about half a per cent of the
+    parameters.
+
+    **Where the penalty falls.** It is added inside ``optimizer.step()``, after everything a training loop does to
+    gradients before that: unscaling by a ``GradScaler``, accumulation over micro-batches, averaging over ranks, and
+    clipping. A clipped gradient would otherwise lend the penalty its limit, and the strength of the decay would depend
+    on the size of the task gradient, which Algorithm 1 (line 20) does not intend. A step that a ``GradScaler`` skips
+    is skipped here too. ``optimizer.step(closure)`` works: the penalty is added each time the closure has run.
+
+    **Many processes.** With ``torch.distributed`` every rank builds and attaches this in the same way. Outliers are
+    merged over ranks, the layers of a refresh are shared out over them, and all ranks apply the same penalty, each to
+    its own shard of weights that are ``DTensor`` (FSDP2, tensor parallelism).
 
     Args:
-        model: the model in training.
+        model: the model in training, before or after wrapping by DDP, ``torch.compile`` or ``fully_shard``.
         lam: strength (the paper's lambda), dimensionless.
         power: exponent n; 2 gives a sigma^3 penalty.
         tau: PCDR threshold in (0, 1].
@@ -112,21 +165,23 @@ class SelectiveSpectralDecay:
         coefficients: ``"cached"`` singular values of the last refresh, as in the paper, or ``"live"``: re-read each
             step along the cached vectors, ``max(u^T W v, 0)``, so a component that is gone is no longer pushed.
         coupling: ``"gradient"`` as in the paper, so AdamW normalises the penalty with the gradient, or ``"decoupled"``:
-            subtracted from the weight times the learning rate, as AdamW does with weight decay.
-        include, exclude: see :func:`s2d.layers.linear_layers`.
+            subtracted from the weight times the learning rate, as AdamW does with weight decay, but never past zero.
+        include, exclude: see :func:`s2d.layers.linear_maps`.
         outliers: how many outlier activations a layer keeps for a refresh.
+        process_group: the ranks that train this model together: ``"world"`` (all, when there are several), a group, or
+            None for no exchange.
 
     Raises:
-        ValueError: for a hyper-parameter out of range or a model without Linear layers.
+        ValueError: for a hyper-parameter out of range or a model without linear layers.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> decay = SelectiveSpectralDecay(model, lam=5e-4, power=2, tau=0.95, k_max=2, refresh_every=100)
         >>> decay.attach(optimizer)
         >>> model(torch.randn(3, 4)).sum().backward()
         >>> optimizer.step()
-        >>> [row.layer for row in decay.report()]
+        >>> [row["layer"] for row in decay.report()]
         ['0', '2']
 
     Paper: Algorithm 1; defaults from Table 10, G.1 and (lam, second-hand) the main text.
@@ -134,7 +189,7 @@ class SelectiveSpectralDecay:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: torch.nn.Module,
         *,
         lam: float = 5e-4,
         power: float = 2,
@@ -144,22 +199,17 @@ class SelectiveSpectralDecay:
         criterion: Literal["activation", "spectral", "all"] = "activation",
         coefficients: Literal["cached", "live"] = "cached",
         coupling: Literal["gradient", "decoupled"] = "gradient",
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] = (),
+        include: Selector | None = None,
+        exclude: Selector = (),
         outliers: int = 16,
+        process_group: dist.ProcessGroup | Literal["world"] | None = "world",
     ) -> None:
-        if not (math.isfinite(lam) and lam >= 0):
-            raise ValueError(f"lam is {lam}: it must be finite and not negative")
-        if not (math.isfinite(power) and power > 0):
-            raise ValueError(
-                f"power is {power}: it must be positive; 2 is the paper's, 1 is plain L2 on the components"
-            )
-        if not 0 < tau <= 1:
-            raise ValueError(f"tau is {tau}: a dominance ratio lies in (0, 1]")
-        if k_max is not None and (not isinstance(k_max, int) or k_max < 1):
-            raise ValueError(f"k_max is {k_max}: give a positive integer, or None for every component")
-        if not isinstance(refresh_every, int) or refresh_every < 1:
-            raise ValueError(f"refresh_every is {refresh_every}: give a positive number of steps")
+        _check_number("lam", lam, lambda value: value >= 0, "it must be finite and not negative")
+        _check_number("power", power, lambda value: value > 0, "it must be positive; 2 is the paper's, 1 is plain L2")
+        _check_number("tau", tau, lambda value: 0 < value <= 1, "a dominance ratio lies in (0, 1]")
+        _check_count("k_max", k_max, "give a positive integer, or None for every component", optional=True)
+        _check_count("refresh_every", refresh_every, "give a positive number of steps")
+        _check_count("outliers", outliers, "keep at least one")
         for value, name, known in (
             (criterion, "criterion", CRITERIA),
             (coefficients, "coefficients", COEFFICIENTS),
@@ -167,186 +217,450 @@ class SelectiveSpectralDecay:
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
-        layers = linear_layers(model, include=include, exclude=exclude)
-        for name, layer in layers.items():
-            if k_max is not None and k_max > min(layer.weight.shape):
+        maps = linear_maps(model, include=include, exclude=exclude)
+        for name, linear in maps.items():
+            if k_max is not None and k_max > min(linear.shape):
                 raise ValueError(
-                    f"k_max is {k_max}, but layer {name} has shape {tuple(layer.weight.shape)}: "
-                    f"lower k_max to {min(layer.weight.shape)} or leave the layer out with exclude={name!r}"
+                    f"k_max is {k_max}, but layer {name} has shape {linear.shape}: "
+                    f"lower k_max to {min(linear.shape)} or leave the layer out with exclude={name!r}"
                 )
+            if criterion == "activation" and isinstance(linear.module, CONVOLUTIONS):
+                raise ValueError(
+                    f"layer {name} is a convolution, for which criterion='activation' is not defined: use 'spectral' "
+                    f"or 'all', or leave it out with exclude={name!r}"
+                )
+        distributed.resolve_group(process_group)
         self.lam, self.power, self.tau, self.k_max = lam, power, tau, k_max
         self.refresh_every, self.criterion = refresh_every, criterion
         self.coefficients, self.coupling = coefficients, coupling
+        self.process_group = process_group
         self.steps = 0
-        self._watched = {name: _WatchedLayer(layer, outliers) for name, layer in layers.items()}
+        self.refresh_seconds = 0.0
+        self._watched = {name: _WatchedLayer(linear) for name, linear in maps.items()}
+        self._watch = OutlierWatch({name: modules_sharing(model, linear) for name, linear in maps.items()}, outliers)
+        self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list[Any] = []
 
     @property
-    def layers(self) -> dict[str, nn.Linear]:
-        """The watched layers by name."""
-        return {name: watched.layer for name, watched in self._watched.items()}
+    def layers(self) -> dict[str, LinearMap]:
+        """The watched linear maps by name."""
+        return {name: watched.linear for name, watched in self._watched.items()}
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hook into the optimizer's step; from here on training needs no further call.
+    def __repr__(self) -> str:
+        """The settings and the watched layers, one a line."""
+        settings = ("lam", "power", "tau", "k_max", "refresh_every", "criterion", "coefficients", "coupling")
+        lines = [f"SelectiveSpectralDecay({', '.join(f'{name}={getattr(self, name)!r}' for name in settings)})"]
+        for name, watched in self._watched.items():
+            linear = watched.linear
+            frozen = "" if linear.weight.requires_grad else ", frozen"
+            lines.append(f"  {name or '(model)'}: {type(linear.module).__name__} {linear.shape}{frozen}")
+        return "\n".join(lines)
+
+    # --- life in a training loop ------------------------------------------------------------------------------------
+
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Hook into the step of the optimizer; from here on training needs no further call.
+
+        Args:
+            optimizers: usually one. Several (Muon for matrices, AdamW for the rest) in the order in which they step:
+                the first one's step is what ``refresh_every`` counts.
 
         Raises:
-            ValueError: if the optimizer does not own every watched weight, or this is attached already.
+            ValueError: if the optimizers do not own every watched weight that is trained, or this is attached already;
+                on all ranks, if they watch different layers.
         """
         if self._handles:
             raise ValueError("already attached: call detach() first")
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        foreign = [name for name, layer in self.layers.items() if id(layer.weight) not in owned]
-        if foreign:
+        optimizers = [_unwrap(optimizer) for optimizer in optimizers]
+        owner = {
+            id(parameter): optimizer
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        foreign = []
+        for name, watched in self._watched.items():
+            weight = watched.linear.weight
+            watched.optimizer = owner.get(id(weight))
+            if watched.optimizer is None and weight.requires_grad:
+                foreign.append(name)
+        if foreign or not owner:
             raise ValueError(
                 f"the optimizer does not own the weights of {len(foreign)} of {len(self._watched)} watched layers "
-                f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}): build it from model.parameters(), "
-                "or leave those layers out with exclude="
+                f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}): build it from model.parameters() "
+                "after wrapping the model, freeze those layers with requires_grad_(False), or leave them out with "
+                "exclude="
             )
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        distributed.check_same_layers(self.layers, self._group())
+        self._optimizers = optimizers
+        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
         if self.criterion == "activation":
-            self._handles += [
-                watched.layer.register_forward_hook(
-                    lambda module, args, kwargs, output, watched=watched: self._watch(
-                        watched, args[0] if args else kwargs["input"], output
-                    ),
-                    with_kwargs=True,
-                )
-                for watched in self._watched.values()
-            ]
+            self._watch.attach()
+        self._set_steps(self.steps)
 
     def detach(self) -> None:
         """Remove every hook; the model and the optimizer are then as they were."""
         while self._handles:
             self._handles.pop().remove()
+        self._watch.detach()
+        self._watch.clear()
 
-    def _watch(self, watched: _WatchedLayer, x: Tensor, output: Tensor) -> None:
-        """Gather outliers in the forward passes of a refresh step only; evaluation, without gradients, is ignored."""
-        if torch.is_grad_enabled() and self.steps % self.refresh_every == 0:
-            bias = watched.layer.bias
-            watched.rows.update(x.detach(), output.detach() if bias is None else output.detach() - bias.detach())
+    def _set_steps(self, steps: int) -> None:
+        """Count, and watch the forward passes of the steps that refresh."""
+        self.steps = steps
+        if self._handles and self.criterion == "activation" and steps % self.refresh_every == 0:
+            self._watch.start()
+        else:
+            self._watch.active = False
+
+    def _group(self) -> dist.ProcessGroup | None:
+        return distributed.resolve_group(self.process_group)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The optimizer's hook: Algorithm 1, lines 6 to 20, between ``backward()`` and the update."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._step(optimizer, first=True)
+            return None
+        calls = 0
+
+        def closure_with_penalty():
+            nonlocal calls
+            loss = closure()  # computes the gradient anew, so the penalty has to follow it
+            self._step(optimizer, first=calls == 0)
+            calls += 1
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure_with_penalty}
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        """Algorithm 1, lines 6 to 20, between ``backward()`` and the optimizer's own update."""
-        if len(args) > 1 or kwargs.get("closure") is not None:
-            raise ValueError(
-                "optimizer.step(closure) computes the gradient anew after the penalty is added, and would lose it: "
-                "call closure() yourself, then step() without it"
-            )
+    def _step(self, optimizer: torch.optim.Optimizer, *, first: bool) -> None:
         # GradScaler leaves these two on a fused optimizer, which unscales inside its own step.
         if getattr(optimizer, "found_inf", None) is not None and float(optimizer.found_inf):
             return  # the optimizer will skip this step, and so do we
         scale = getattr(optimizer, "grad_scale", None)
-        scale = 1.0 if scale is None else float(scale)
-        if self.steps % self.refresh_every == 0:
-            self.refresh()
-        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        for watched in self._watched.values():
-            weight = watched.layer.weight
-            if watched.rank is None or weight.grad is None:  # a frozen or unused layer stays as it is
+        leads = optimizer is self._optimizers[0] and first
+        if leads and self.steps % self.refresh_every == 0:
+            self._refresh([watched.linear.weight.grad is not None for watched in self._watched.values()])
+        self._apply(optimizer, 1.0 if scale is None else float(scale))
+        if leads:
+            self._set_steps(self.steps + 1)
+
+    # --- the penalty ------------------------------------------------------------------------------------------------
+
+    def _apply(self, optimizer: torch.optim.Optimizer, grad_scale: float) -> None:
+        """Add the penalty to this rank's part of every selected weight that this optimizer owns."""
+        chosen = [
+            watched
+            for watched in self._watched.values()
+            # a frozen or unused layer, without gradient, stays as it is
+            if watched.rank and watched.optimizer is optimizer and watched.linear.weight.grad is not None
+        ]
+        values = self._live_values(chosen) if self.coefficients == "live" else [w.selected().s for w in chosen]
+        if self.coupling == "decoupled":
+            rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        for watched, s in zip(chosen, values, strict=True):
+            weight = watched.linear.weight
+            block, u, v = watched.local_factors()
+            if block.empty:
                 continue
-            selected = watched.selected()
-            coefficients = (
-                self.live_singular_values(watched) if self.coefficients == "live" else selected.s
-            ) ** self.power
+            triplets = SingularTriplets(u, s, v)
             if self.coupling == "gradient":
-                add_spectral_penalty_(weight.grad, selected, coefficients, scale=self.lam * scale)
+                target = block.view(distributed.local(weight.grad))
+                add_spectral_penalty_(target, triplets, s**self.power, scale=self.lam * grad_scale)
             else:
-                rate = float(rates[id(weight)])
-                add_spectral_penalty_(weight, selected, coefficients, scale=-rate * self.lam)
-        self.steps += 1
+                # More than the whole component would turn its sign and start it growing again.
+                decay = (rates[id(weight)] * self.lam * s**self.power).minimum(s)
+                add_spectral_penalty_(block.view(distributed.local(weight)), triplets, decay, scale=-1.0)
 
     @staticmethod
-    def live_singular_values(watched: _WatchedLayer) -> Tensor:
+    def _live_values(chosen: list[_WatchedLayer]) -> list[Tensor]:
         """``u_r^T W v_r`` along the cached vectors; a component that has gone through zero is left alone."""
-        selected = watched.selected()
-        image = watched.layer.weight.detach().to(selected.v.dtype) @ selected.v
-        return (selected.u * image).sum(dim=0).clamp(min=0)
+        parts = []
+        for watched in chosen:
+            weight = watched.linear.weight
+            block, u, v = watched.local_factors()
+            image = block.view(distributed.local(weight.detach())).to(v.dtype) @ v
+            parts.append((weight, (u * image).sum(dim=0)))
+        return [value.clamp(min=0) for value in distributed.sum_over_shards(parts)]
+
+    # --- the refresh ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Find the triplets and the outlier rank of every layer anew (Algorithm 1, lines 7 to 16).
 
+        Called by itself every ``refresh_every`` steps. With several ranks it is collective, and an error on one rank
+        is raised on all.
+
         Raises:
             ValueError: if a weight is not finite.
-            RuntimeError: if the activation criterion has seen no forward pass to look at.
+            RuntimeError: if the activation criterion has seen no forward pass to look at, or another rank failed.
         """
-        if self.criterion == "activation" and not any(len(watched.rows) for watched in self._watched.values()):
+        self._refresh([True] * len(self._watched))
+
+    def _refresh(self, active: list[bool]) -> None:
+        """Refresh the layers that are active on any rank; the others are not penalised until the next refresh."""
+        began = time.perf_counter()
+        group = self._group()
+        active = distributed.any_rank(active, self._device(), group)
+        chosen = {name: w for (name, w), on in zip(self._watched.items(), active, strict=True) if on}
+        for watched in self._watched.values():
+            watched.rank = 0
+        if chosen and self.criterion == "activation":
+            self._gather_outliers(chosen, group)
+        found, error = self._solve(chosen, group)
+        distributed.raise_together(error, group)
+        self._share(chosen, found, group)
+        self._watch.clear()
+        self.refresh_seconds = time.perf_counter() - began
+
+    def _device(self) -> torch.device:
+        return distributed.local(next(iter(self._watched.values())).linear.weight).device
+
+    def _gather_outliers(self, chosen: dict[str, _WatchedLayer], group: dist.ProcessGroup | None) -> None:
+        rows = [(self._watch.rows[name], watched.linear.shape[1]) for name, watched in chosen.items()]
+        if group is not None:
+            distributed.merge_outliers(rows, self._device(), group)
+        if not any(len(outliers) for outliers, _ in rows):
             raise RuntimeError(
                 "criterion='activation' needs the forward pass of this training step, and saw none with gradients "
                 "enabled: call attach() before the forward pass, or use criterion='spectral'"
             )
-        for name, watched in self._watched.items():
-            try:
-                self._refresh_layer(watched)
-            except ValueError as error:
-                raise ValueError(f"layer {name}: {error}") from error
-            watched.rows.clear()
 
-    def _refresh_layer(self, watched: _WatchedLayer) -> None:
-        weight = watched.layer.weight
-        k = min(weight.shape) if self.k_max is None else self.k_max
-        watched.triplets = top_singular_triplets(weight, k, warm_start=watched.triplets)
-        if self.criterion == "all":
-            watched.pcdr, watched.rank = watched.triplets.s.new_ones(k), k
+    def _solve(
+        self, chosen: dict[str, _WatchedLayer], group: dist.ProcessGroup | None
+    ) -> tuple[dict[str, tuple[SolvedTriplets, Tensor, float]], Exception | None]:
+        """Triplets, PCDR and seconds of the layers that fall to this rank, and what went wrong with them."""
+        ranks = 1 if group is None else dist.get_world_size(group)
+        rank = 0 if group is None else dist.get_rank(group)
+        owners = distributed.share_out([math.prod(watched.linear.shape) for watched in chosen.values()], ranks)
+        found: dict[str, tuple[SolvedTriplets, Tensor, float]] = {}
+        error: Exception | None = None
+        for members in self._rounds(list(chosen), owners, ranks):
+            own: dict[str, Tensor] = {}
+            for name in members:
+                weight = distributed.whole(chosen[name].linear.weight)  # collective if sharded, so on every rank
+                if owners[list(chosen).index(name)] == rank:
+                    own[name] = chosen[name].linear.matrix(weight)
+            if error is None:
+                try:
+                    found |= self._solve_own(own)
+                except (ValueError, RuntimeError) as problem:  # RuntimeError: torch.linalg, out of memory
+                    error = problem
+        return found, error
+
+    def _rounds(self, names: list[str], owners: list[int], ranks: int) -> Iterable[list[str]]:
+        """Layers to put together at a time: of sharded ones, one for each rank, which bounds the memory."""
+        if not any(distributed.is_dtensor(self._watched[name].linear.weight) for name in names):
+            yield names
             return
+        queues = [[name for name, owner in zip(names, owners, strict=True) if owner == rank] for rank in range(ranks)]
+        for turn in range(max(map(len, queues), default=0)):
+            yield [queue[turn] for queue in queues if turn < len(queue)]
+
+    def _solve_own(self, own: dict[str, Tensor]) -> dict[str, tuple[SolvedTriplets, Tensor, float]]:
+        kinds: dict[tuple, list[str]] = {}
+        for name, matrix in own.items():
+            kinds.setdefault((tuple(matrix.shape), matrix.dtype, matrix.device), []).append(name)
+        found = {}
+        for (shape, _, _), names in kinds.items():
+            began = time.perf_counter()
+            k = min(shape) if self.k_max is None else self.k_max
+            warm = [self._watched[name].triplets for name in names]
+            try:
+                solved = solve_top_triplets([own[n] for n in names], k, warm_starts=warm, tol=REFRESH_TOL)
+                pcdr = [self._pcdr(n, own[n], s.triplets, k) for n, s in zip(names, solved, strict=True)]
+            except ValueError as error:
+                raise ValueError(f"among the layers {', '.join(names)}: {error}") from error
+            seconds = (time.perf_counter() - began) / len(names)
+            found |= {name: (s, p, seconds) for name, s, p in zip(names, solved, pcdr, strict=True)}
+        return found
+
+    def _pcdr(self, name: str, matrix: Tensor, triplets: SingularTriplets, k: int) -> Tensor:
+        if self.criterion == "all":
+            return triplets.s.new_ones(k)
         if self.criterion == "spectral":
-            watched.pcdr = spectral_pcdr(weight, k_max=k, triplets=watched.triplets)
-        elif len(watched.rows):
-            rows = watched.rows
-            watched.pcdr = layer_pcdr(activation_pcdr(weight, rows.x, rows.neuron, k_max=k, triplets=watched.triplets))
-        else:  # a layer that took no part in this step's forward passes shows no outlier
-            watched.pcdr = watched.triplets.s.new_zeros(k)
-        watched.rank = outlier_rank(watched.pcdr, self.tau)
+            return spectral_pcdr(matrix, k_max=k, triplets=triplets)
+        rows = self._watch.rows[name]
+        if not len(rows):  # a layer that took no part in this step's forward passes shows no outlier
+            return triplets.s.new_zeros(k)
+        return layer_pcdr(activation_pcdr(matrix, rows.x, rows.neuron, k_max=k, triplets=triplets))
+
+    def _share(
+        self,
+        chosen: dict[str, _WatchedLayer],
+        found: dict[str, tuple[SolvedTriplets, Tensor, float]],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Give every rank what each found. Zeros elsewhere and a sum: x + 0 is exact, so all ranks hold equal bits."""
+        results = {}
+        for name, watched in chosen.items():
+            if name in found:
+                (triplets, error, _, full_svd), pcdr, seconds = found[name]
+                numbers = torch.tensor([error, float(full_svd), seconds], dtype=torch.float64, device=pcdr.device)
+                results[name] = (*triplets, pcdr, numbers)
+            else:
+                results[name] = self._empty_result(watched)
+        if group is not None:
+            distributed.sum_over_ranks([tensor for result in results.values() for tensor in result], group)
+        for name, (u, s, v, pcdr, numbers) in results.items():
+            watched = chosen[name]
+            rank = len(s) if self.criterion == "all" else outlier_rank(pcdr, self.tau) or 0
+            watched.set(SingularTriplets(u, s, v), pcdr, rank)
+            watched.error, full_svd, watched.seconds = numbers.tolist()
+            watched.full_svd = bool(full_svd)
+
+    def _empty_result(self, watched: _WatchedLayer) -> tuple[Tensor, ...]:
+        m, n = watched.linear.shape
+        k = min(m, n) if self.k_max is None else self.k_max
+        like = distributed.local(watched.linear.weight.detach())
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        parts = [torch.zeros(size, dtype=dtype, device=like.device) for size in ((m, k), (k,), (n, k), (k,))]
+        return *parts, torch.zeros(3, dtype=torch.float64, device=like.device)
+
+    # --- looking at it ----------------------------------------------------------------------------------------------
 
     def penalty(self) -> float:
         """The value of the penalty over all layers, at the singular values of the last refresh."""
-        selected = [w.selected().s for w in self._watched.values() if w.rank is not None]
+        selected = [w.selected().s for w in self._watched.values() if w.rank]
         return sum(float(spectral_penalty(s, lam=self.lam, power=self.power)) for s in selected)
 
-    def report(self) -> list[LayerReport]:
-        """One row a watched layer: outlier rank, PCDR and singular values of the last refresh."""
-        return [
-            LayerReport(name, w.rank, tuple(w.pcdr.tolist()), tuple(w.triplets.s.tolist()))
-            for name, w in self._watched.items()
-            if w.triplets is not None
-        ]
+    def report(self) -> list[dict[str, Any]]:
+        """What the last refresh found, one row a layer: ``pandas.DataFrame(decay.report())`` is a tidy table.
+
+        Returns:
+            Rows with layer, rank (0 where nothing is penalised), pcdr_1.., sigma_1.., penalty (the value),
+            penalty_norm (Frobenius norm of what is added to the gradient), error (guaranteed bound on the error of the
+            singular values), full_svd (whether the iteration gave up), refresh_seconds.
+        """
+        rows = []
+        for name, w in self._watched.items():
+            if w.triplets is None:
+                continue
+            s = w.selected().s
+            row: dict[str, Any] = {"layer": name, "rank": w.rank}
+            row |= {f"pcdr_{k}": value for k, value in enumerate(w.pcdr.tolist(), start=1)}
+            row |= {f"sigma_{k}": value for k, value in enumerate(w.triplets.s.tolist(), start=1)}
+            row["penalty"] = float(spectral_penalty(s, lam=self.lam, power=self.power))
+            row["penalty_norm"] = self.lam * float(torch.linalg.vector_norm(s**self.power))
+            row |= {"error": w.error, "full_svd": w.full_svd, "refresh_seconds": w.seconds}
+            rows.append(row)
+        return rows
+
+    def metrics(self) -> dict[str, float]:
+        """A few numbers for a logger, from the last refresh.
+
+        Example:
+            >>> decay = SelectiveSpectralDecay(torch.nn.Linear(2, 2), criterion="all", k_max=1)
+            >>> decay.refresh()
+            >>> decay.metrics()["s2d/layers"]
+            1.0
+        """
+        rows = self.report()
+        return {
+            "s2d/layers": float(sum(row["rank"] > 0 for row in rows)),
+            "s2d/components": float(sum(row["rank"] for row in rows)),
+            "s2d/penalty": sum(row["penalty"] for row in rows),
+            "s2d/penalty_norm": math.sqrt(sum(row["penalty_norm"] ** 2 for row in rows)),
+            "s2d/sigma_1_max": max((row["sigma_1"] for row in rows), default=0.0),
+            "s2d/refresh_seconds": self.refresh_seconds,
+            "s2d/full_svds": float(sum(row["full_svd"] for row in rows)),
+        }
+
+    def summary(self) -> str:
+        """The metrics as one line."""
+        m = self.metrics()
+        return (
+            f"S2D step {self.steps}: {m['s2d/components']:.0f} components in {m['s2d/layers']:.0f} of "
+            f"{len(self._watched)} layers, penalty {m['s2d/penalty']:.3g}, largest sigma {m['s2d/sigma_1_max']:.3g}, "
+            f"refresh {m['s2d/refresh_seconds']:.2f} s ({m['s2d/full_svds']:.0f} full SVDs)"
+        )
+
+    @torch.no_grad()
+    def cached_similarity(self) -> dict[str, float]:
+        """G.2's diagnostic: cosine similarity of the cached penalty and one computed now, by penalised layer.
+
+        The components are those the last refresh selected. With sharded weights it is collective.
+
+        Example:
+            >>> decay = SelectiveSpectralDecay(torch.nn.Linear(2, 2), criterion="all", k_max=1)
+            >>> decay.refresh()
+            >>> round(decay.cached_similarity()[""], 4)
+            1.0
+
+        Paper: appendix G.2 ("above 0.99" over an interval of 100 steps).
+        """
+        similarity = {}
+        for name, w in self._watched.items():
+            if w.rank:
+                matrix = w.linear.matrix(distributed.whole(w.linear.weight))
+                fresh = solve_top_triplets([matrix], w.rank, warm_starts=[w.selected()], tol=REFRESH_TOL)[0].triplets
+                similarity[name] = penalty_cosine(w.selected(), fresh, power=self.power)
+        return similarity
+
+    # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as plain tensors (safetensors can store them)."""
+        """Everything a resumed run needs, as plain tensors (safetensors can store them); the same on every rank."""
         state = {"steps": torch.tensor(self.steps)}
         for name, w in self._watched.items():
-            if w.triplets is not None:
+            state[f"{name}.rank"] = torch.tensor(w.rank)
+            if w.triplets is not None:  # a layer that was frozen so far has none
                 # Clones: a state that shared memory with the run would change under the reader's hands.
                 state |= {f"{name}.{field}": getattr(w.triplets, field).clone() for field in ("u", "s", "v")}
-                state |= {f"{name}.pcdr": w.pcdr.clone(), f"{name}.rank": torch.tensor(w.rank or 0)}
+                state[f"{name}.pcdr"] = w.pcdr.clone()
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: if the state is of other layers or other shapes; nothing is changed then.
+            ValueError: if the state is of other layers, other shapes or another k_max; nothing is changed then.
         """
         names = {key.rpartition(".")[0] for key in state if key != "steps"}
-        missing = names ^ set(self._watched) if names else set()
-        if "steps" not in state or missing:
+        if "steps" not in state or names != set(self._watched):
+            strange = sorted(names ^ set(self._watched))[:3]
             raise ValueError(
-                "the state is of another model or another choice of layers: "
-                f"{', '.join(sorted(missing)[:3]) or 'no steps'}"
+                f"the state is of another model or another choice of layers: {', '.join(strange) or 'no steps'}"
             )
-        lacking = [f"{n}.{f}" for n in names for f in ("u", "s", "v", "pcdr", "rank") if f"{n}.{f}" not in state]
-        if lacking:
-            raise ValueError(f"the state lacks {', '.join(lacking[:3])}: it was cut short")
         for name in names:
-            shape = (state[f"{name}.u"].shape[0], state[f"{name}.v"].shape[0])
-            if shape != tuple(self._watched[name].layer.weight.shape):
+            given = [state[f"{name}.{field}"].shape for field in FIELDS if f"{name}.{field}" in state]
+            expected = [tensor.shape for tensor in self._empty_result(self._watched[name])[:-1]]
+            if f"{name}.rank" not in state or len(given) not in (0, len(FIELDS)):
+                raise ValueError(f"the state of layer {name} was cut short: it lacks one of rank, {', '.join(FIELDS)}")
+            if given and given != expected:
                 raise ValueError(
-                    f"layer {name} is {tuple(self._watched[name].layer.weight.shape)} here, but {shape} in the state"
+                    f"layer {name} is {self._watched[name].linear.shape} with k_max={self.k_max} here, but the state "
+                    f"has u {tuple(given[0])} and v {tuple(given[2])}"
                 )
-        self.steps = int(state["steps"])
-        for name in names:
-            w = self._watched[name]
-            device = w.layer.weight.device
-            w.triplets = SingularTriplets(*(state[f"{name}.{field}"].clone().to(device) for field in ("u", "s", "v")))
-            w.pcdr, w.rank = state[f"{name}.pcdr"].clone().to(device), int(state[f"{name}.rank"]) or None
+        self._set_steps(int(state["steps"]))
+        for name, w in self._watched.items():
+            w.triplets, w.pcdr, w.rank = None, None, 0
+            if f"{name}.u" in state:
+                like = self._empty_result(w)[:-1]
+                u, s, v, pcdr = (
+                    state[f"{name}.{field}"].clone().to(tensor) for field, tensor in zip(FIELDS, like, strict=True)
+                )
+                w.set(SingularTriplets(u, s, v), pcdr, int(state[f"{name}.rank"]))
+
+
+def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside the wrappers of accelerate and Lightning, whose step calls its step."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"attach() was given {type(optimizer).__name__}: give the torch optimizer")
+    return optimizer
+
+
+def _check_number(name: str, value: Any, accept: Callable[[float], bool], repair: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not accept(value):
+        raise ValueError(f"{name} is {value!r}: {repair}")
+
+
+def _check_count(name: str, value: Any, repair: str, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}: {repair}")

@@ -35,7 +35,8 @@ def pins() -> dict[str, str]:
 
 def direct_requirements(project: dict) -> list[str]:
     extras = project["optional-dependencies"]
-    return project["dependencies"] + extras["lab"] + extras["dev"]
+    named = project["dependencies"] + extras["lab"] + extras["dev"] + extras["integrations"]
+    return sorted(set(named))
 
 
 def test_the_core_depends_on_torch_alone(project):
@@ -78,9 +79,10 @@ def test_torch_and_torchvision_fit_each_other(pins):
     assert needs.specifier.contains(pins["torch"])
 
 
-@pytest.mark.parametrize("module", ["s2d", "s2d.regularizer", "s2d.ptq"])
+@pytest.mark.parametrize("module", ["s2d", "s2d.regularizer", "s2d.ptq", "s2d.integrations"])
 def test_core_imports_without_the_lab_packages(module):
     heavy = ["timm", "open_clip", "matplotlib", "seaborn", "pandas", "IPython", "papermill", "sklearn", "torchvision"]
+    heavy += ["transformers", "accelerate", "lightning", "peft"]
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -88,6 +90,8 @@ def test_core_imports_without_the_lab_packages(module):
 
 def test_core_never_imports_upwards():
     for path in (ROOT / "s2d").glob("*.py"):
-        assert not re.search(r"(from|import) s2d\.(ptq|lab)", path.read_text()), path.name
+        assert not re.search(r"(from|import) s2d\.(ptq|lab|integrations)", path.read_text()), path.name
     for path in (ROOT / "s2d" / "ptq").glob("*.py"):
-        assert not re.search(r"(from|import) s2d\.lab", path.read_text()), path.name
+        assert not re.search(r"(from|import) s2d\.(lab|integrations)", path.read_text()), path.name
+    for path in (ROOT / "s2d" / "integrations").glob("*.py"):
+        assert not re.search(r"(from|import) s2d\.(ptq|lab)", path.read_text()), path.name

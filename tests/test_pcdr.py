@@ -313,5 +313,15 @@ def test_a_tau_out_of_range_is_named(tau: float) -> None:
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=6), st.floats(0.01, 1))
 def test_the_outlier_rank_is_the_minimum_it_is_defined_as(pcdr: list[float], tau: float) -> None:
     values = torch.tensor(pcdr, dtype=F64)
-    expected = [k for k, value in enumerate(values.tolist(), 1) if value >= tau]
+    expected = [k for k, value in enumerate(values.tolist(), 1) if value >= tau * (1 - 1e-6)]  # rounding of a ratio
     assert outlier_rank(values, tau) == (expected[0] if expected else None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_weight_of_rank_one_reaches_the_highest_threshold(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.outer(torch.randn(40, generator=generator), torch.randn(30, generator=generator))
+    assert outlier_rank(spectral_pcdr(weight, k_max=2), tau=1) == 1
+    x = torch.randn(8, 30, generator=generator)
+    largest = (x @ weight.T).abs().argmax(dim=1)
+    assert outlier_rank(layer_pcdr(activation_pcdr(weight, x, largest, k_max=2)), tau=1) == 1

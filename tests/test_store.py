@@ -271,9 +271,7 @@ def test_clipping_bounds_the_step(results: dict) -> None:
 @pytest.mark.parametrize("measure_every", [1, 100])
 def test_a_diverging_run_is_an_error(measure_every: int, tmp_path: Path) -> None:
     wild = replace(TINY, optimizer=Optimizer("sgd", lr=1e30), measure_every=measure_every)
-    # Between two measurements the activations are what is found not to be finite.
-    message = r"lower lr=1e\+30" if measure_every == 1 else "NaN or infinity: find the first layer"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"lower lr=1e\+30"):
         train(wild, partial=tmp_path / "run.partial")
 
 

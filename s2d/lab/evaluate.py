@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from s2d.bound import check_bound
 from s2d.lab.store import Trained
 from s2d.lab.training import accuracy, residual_statistics
-from s2d.layers import linear_layers
+from s2d.layers import linear_maps
 from s2d.outliers import OutlierRows, watch_activations
 from s2d.pcdr import activation_pcdr, spectral_pcdr
 from s2d.ptq import parse_bits, quantize
 from s2d.spectral import top_singular_triplets
+from s2d.watch import OutlierWatch
 
 # Each test digit is seen in four placements, which takes out much of the noise of where the clutter falls.
 TEST_IMAGES = 4 * 397
@@ -134,20 +135,15 @@ def history_table(checkpoints: Checkpoints) -> pd.DataFrame:
 @torch.no_grad()
 def gather_outliers(model: nn.Module, images: Tensor, *, capacity: int = 16) -> dict[str, OutlierRows]:
     """The outlier activations of every watched layer on some images."""
-    rows = {name: OutlierRows(capacity) for name in linear_layers(model)}
-    handles = []
-    for name, layer in linear_layers(model).items():
-
-        def gather(module, args, output, name=name):
-            rows[name].update(args[0], output if module.bias is None else output - module.bias)
-
-        handles.append(layer.register_forward_hook(gather))
+    maps = {name: [linear] for name, linear in linear_maps(model).items()}
+    watch = OutlierWatch(maps, capacity, training_only=False)
+    watch.attach()
+    watch.start()
     try:
         model(images)
+        return watch.rows
     finally:
-        for handle in handles:
-            handle.remove()
-    return rows
+        watch.detach()
 
 
 @torch.no_grad()
@@ -168,14 +164,15 @@ def layer_statistics(
     """
     model = trained.model()
     x, _ = trained.recipe.data.fixed_set("calibration", images)
-    layers = linear_layers(model)
-    with watch_activations(layers) as watched:
+    layers = linear_maps(model)
+    with watch_activations({name: linear.module for name, linear in layers.items()}) as watched:
         rows = gather_outliers(model, x, capacity=outliers)
     table = []
-    for name, layer in layers.items():
-        triplets = top_singular_triplets(layer.weight, k_max)
-        ratios = activation_pcdr(layer.weight, rows[name].x, rows[name].neuron, k_max=k_max, triplets=triplets).mean(0)
-        share = spectral_pcdr(layer.weight, k_max=k_max, triplets=triplets)
+    for name, linear in layers.items():
+        weight = linear.matrix()
+        triplets = top_singular_triplets(weight, k_max)
+        ratios = activation_pcdr(weight, rows[name].x, rows[name].neuron, k_max=k_max, triplets=triplets).mean(0)
+        share = spectral_pcdr(weight, k_max=k_max, triplets=triplets)
         row = {"layer": name, "max_abs": rows[name].magnitude[0].item()}
         row["excess_kurtosis"] = watched[name].summary().excess_kurtosis
         for k in range(1, k_max + 1):
@@ -209,8 +206,8 @@ def spectra_table(checkpoints: Checkpoints) -> pd.DataFrame:
     """Every singular value of every watched layer: columns variant, seed, layer, index (from 1), sigma."""
     rows = []
     for variant, trained in _each(checkpoints):
-        for name, layer in linear_layers(trained.model()).items():
-            for index, sigma in enumerate(torch.linalg.svdvals(layer.weight).tolist(), start=1):
+        for name, linear in linear_maps(trained.model()).items():
+            for index, sigma in enumerate(torch.linalg.svdvals(linear.matrix()).tolist(), start=1):
                 rows.append({"variant": variant, "seed": trained.seed, "layer": name, "index": index, "sigma": sigma})
     return pd.DataFrame(rows)
 

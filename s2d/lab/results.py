@@ -61,6 +61,8 @@ def save_table(table: pd.DataFrame, name: str, *, run: str, source: Mapping[str,
     """
     if table.empty:
         raise ValueError(f"table {name} has no rows: nothing was measured")
+    if run == "paper":
+        raise ValueError("run is 'paper': data/paper holds what the paper reports, and nothing measured here")
     path = output_root() / _table_folder(run) / f"{name}.csv"
     described = json.dumps(source, indent=1, sort_keys=True) + "\n"
     rows = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
@@ -69,31 +71,30 @@ def save_table(table: pd.DataFrame, name: str, *, run: str, source: Mapping[str,
     return path
 
 
+def _existing(file: str, run: str) -> Path | None:
+    """``data/<run>/<file>``: one just written, else the committed one."""
+    candidates = (root / _table_folder(run) / file for root in (output_root(), repository_root()))
+    return next((path for path in candidates if path.exists()), None)
+
+
 def load_table(name: str, *, run: str) -> pd.DataFrame:
     """Read ``data/<run>/<name>.csv``: one just written, else the committed one.
 
     Raises:
         FileNotFoundError: naming the notebook to run.
     """
-    for root in (output_root(), repository_root()):
-        path = root / _table_folder(run) / f"{name}.csv"
-        if path.exists():
-            return pd.read_csv(path, keep_default_na=False, na_values=[""])
-    raise FileNotFoundError(
-        f"no table data/{run}/{name}.csv: run `make figures SCALE={run}` or the notebook that writes it"
-    )
+    path = _existing(f"{name}.csv", run)
+    if path is None:
+        raise FileNotFoundError(
+            f"no table data/{run}/{name}.csv: run `make figures SCALE={run}` or the notebook that writes it"
+        )
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def load_sources(names: Sequence[str], *, run: str) -> dict[str, Any]:
     """The provenance of several tables, for the figures drawn from them."""
-    sources = {}
-    for name in names:
-        for root in (output_root(), repository_root()):
-            path = root / _table_folder(run) / f"{name}.json"
-            if path.exists():
-                sources[name] = json.loads(path.read_text(encoding="utf-8"))
-                break
-    return sources
+    paths = {name: _existing(f"{name}.json", run) for name in names}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path is not None}
 
 
 def mean_and_spread(table: pd.DataFrame, by: list[str], values: list[str]) -> pd.DataFrame:

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from s2d.lab.files import read_tensors, write_tensors
+from s2d.lab.models import DigitsViT
 from s2d.lab.paths import repository_root
 from s2d.lab.training import Recipe, train
 
 # What decides the weights and the history. The regularizer's files count only for recipes that use it.
 TRAINING_CODE = ("lab/data.py", "lab/models.py", "lab/training.py", "outliers.py")
-S2D_CODE = ("layers.py", "pcdr.py", "regularizer.py", "spectral.py")
+S2D_CODE = ("distributed.py", "layers.py", "pcdr.py", "regularizer.py", "spectral.py", "watch.py")
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,14 @@ def _load(path: Path, recipe: Recipe) -> Trained:
         raise ValueError(f"{path} is damaged (its weights do not match their checksum): delete it and run again")
     if metadata.get("history_checksum") != _history_checksum(metadata.get("history")):
         raise ValueError(f"{path} is damaged (its history does not match its checksum): delete it and run again")
-    expected = {name: tuple(tensor.shape) for name, tensor in recipe.model.build(0).state_dict().items()}
-    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != expected:
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != _shapes(recipe.model):
         raise ValueError(f"{path} is of another architecture than {recipe.model}: delete it and run again")
     return Trained(recipe, weights, metadata["history"])
+
+
+@cache
+def _shapes(model: DigitsViT) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.build(0).state_dict().items()}
 
 
 def _train_and_store(recipe: Recipe, progress=lambda steps: None) -> None:
@@ -244,13 +249,15 @@ def obtain(recipes: Sequence[Recipe], *, workers: int | None = None) -> list[Tra
         >>> obtain([pretraining("adamw", seed=0)])[0].recipe.optimizer.name  # from the committed store
         'adamw'
     """
-    missing = [recipe for recipe in _with_starts(recipes) if find(recipe) is None]
+    stored = {recipe_key(recipe): find(recipe) for recipe in _with_starts(recipes)}
+    missing = [recipe for recipe in _with_starts(recipes) if stored[recipe_key(recipe)] is None]
     if missing:
         workers = workers or int(os.environ.get("S2D_WORKERS") or os.cpu_count() or 1)
         if any(recipe.device != "cpu" for recipe in missing):
             workers = 1  # runs on one accelerator follow each other
         _train_all(missing, workers)
-    return [find(recipe) for recipe in recipes]
+        stored |= {recipe_key(recipe): find(recipe) for recipe in missing}
+    return [stored[recipe_key(recipe)] for recipe in recipes]
 
 
 def obtain_checkpoints(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, list[Trained]]:

@@ -175,7 +175,7 @@ def train(
     def measure(step: int, loss: float) -> None:
         row = {"step": step, "loss": loss, "validation_accuracy": accuracy(model, validation, validation_labels)}
         if decay is not None:
-            row["selected_layers"] = sum(layer.rank is not None for layer in decay.report())
+            row["selected_layers"] = sum(row["rank"] > 0 for row in decay.report())
         history.append(row | residual_statistics(model, calibration))
 
     step = first
@@ -204,10 +204,10 @@ def train(
         # A step that was cut short may have changed the weights: only saves at step boundaries are trusted.
         raise KeyboardInterrupt(f"interrupted at step {step}; run again to resume") from None
     final = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items()}
-    model.load_state_dict({name: tensor.float() for name, tensor in final.items()})
-    measure(recipe.steps, loss.item())
     if not all(tensor.isfinite().all() for tensor in final.values()):
         raise ValueError(f"the weights are not finite after training: lower lr={recipe.optimizer.lr}")
+    model.load_state_dict({name: tensor.float() for name, tensor in final.items()})
+    measure(recipe.steps, loss.item())
     if partial is not None:
         partial.unlink(missing_ok=True)
     return final, history

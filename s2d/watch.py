@@ -1,0 +1,118 @@
+"""Gathering the outlier activations of training forward passes, as they happen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from s2d.distributed import is_dtensor, local, whole_activations
+from s2d.layers import LinearMap
+from s2d.outliers import OutlierRows
+
+
+class OutlierWatch:
+    """Keeps the outlier activations that some linear maps see while :attr:`active`.
+
+    In training only forward passes that will be differentiated count: evaluation under ``torch.no_grad()`` is ignored,
+    and the second forward pass of activation checkpointing, inside ``backward()``, counts only where the first had no
+    gradients. The hooks stay on the modules but do nothing while inactive, so a compiled model has two variants, with
+    and without, and does not compile anew. A copy of the model (an EMA, a pickle) carries hooks that do nothing.
+
+    Args:
+        maps: name to the maps that share one weight.
+        capacity: how many activations to keep for each name.
+        training_only: whether forward passes without gradients are ignored.
+
+    Attributes:
+        rows: name to :class:`s2d.outliers.OutlierRows`.
+        active: whether forward passes are watched now.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> watch = OutlierWatch({"fc": [LinearMap("fc", layer)]}, capacity=1)
+        >>> watch.attach()
+        >>> watch.start()
+        >>> y = layer(torch.eye(2))
+        >>> bool(watch.rows["fc"].magnitude[0] == y.abs().max())
+        True
+
+    Paper: main text, PCDR ("outlier activations"; second-hand).
+    """
+
+    def __init__(self, maps: Mapping[str, Sequence[LinearMap]], capacity: int, *, training_only: bool = True) -> None:
+        self.maps, self.training_only = maps, training_only
+        self.rows = {name: OutlierRows(capacity) for name in maps}
+        self.active = False
+        self._seen: set[str] = set()
+        self._handles: list = []
+
+    def attach(self) -> None:
+        """Hook every module."""
+        for name, twins in self.maps.items():
+            for linear in twins:
+                # A pre-hook sees the input as the layer will: under FSDP2 the weight is whole at this moment, under
+                # tensor parallelism the input has its layout.
+                hook = _Hook(self, name, linear)
+                self._handles.append(linear.module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove the hooks; what was seen stays."""
+        while self._handles:
+            self._handles.pop().remove()
+        self.active = False
+
+    def start(self) -> None:
+        """Watch from the next forward pass on, with empty buffers."""
+        self.clear()
+        for name, twins in self.maps.items():
+            weight = local(twins[0].weight)
+            self.rows[name].allocate(twins[0].shape[1], weight.dtype, weight.device)
+        self.active = True
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._seen.clear()
+        for rows in self.rows.values():
+            rows.clear()
+
+    @torch.no_grad()
+    def see(self, name: str, linear: LinearMap, x: Tensor) -> None:
+        """Merge the input of one forward pass; the output without bias is computed here."""
+        if not torch.compiler.is_compiling() and self._is_repetition(name):
+            return
+        if is_dtensor(linear.weight):
+            seen = whole_activations(name, linear, x)
+            if seen is None:  # another rank of the tensor-parallel group contributes the same activations
+                return
+            x, y = seen
+        else:
+            y = x @ linear.matrix().T
+        self.rows[name].update(x, y)
+
+    def _is_repetition(self, name: str) -> bool:
+        """Whether this is the second forward pass of activation checkpointing, and the first was seen."""
+        if torch._C._current_graph_task_id() != -1:  # inside backward(), as torch.utils.checkpoint itself asks
+            return name in self._seen
+        self._seen.add(name)
+        return False
+
+
+class _Hook:
+    """The forward pre-hook of one map; copies and pickles of it are inert."""
+
+    def __init__(self, watch: OutlierWatch, name: str, linear: LinearMap) -> None:
+        self.watch, self.name, self.linear = watch, name, linear
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.watch.active and (torch.is_grad_enabled() or not self.watch.training_only):
+            self.watch.see(self.name, self.linear, self.linear.input(args, kwargs))
+
+    def __reduce__(self) -> tuple:
+        return _InertHook, ()
+
+
+class _InertHook:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        return None
