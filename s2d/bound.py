@@ -20,9 +20,12 @@ from s2d.spectral import _times_power_of_two, as_matrix
 # Twice the unit roundoff of float64: the proof then holds for every rounding mode, not only for round to nearest.
 UNIT = 2.0**-52
 UP = 1.0 + 2.0**-40  # more than the scalar roundings of any expression below, and than all underflow (see the proof)
-EIGH_UP_TO = 32  # a full eigendecomposition of a matrix this small costs less than a few steps of Lanczos in Python
-LANCZOS_STEPS = 128
-PANELS = 6
+# How the first eigenvector of a Gram matrix is found fastest, by its size (the calls from Python count for small ones):
+# a full decomposition, the power method on its 8th power, or Lanczos iteration.
+POWER_FROM, LANCZOS_FROM = 25, 80
+POWER_STEPS, LANCZOS_STEPS = 20, 128
+# LAPACK's Cholesky factorisation is slow between a hundred and some hundreds of columns; matrix products are not.
+WHOLE_UP_TO, PANEL = 64, 48
 # Unit roundoffs of what torch may make of float32 factors before it multiplies them, by the name of the setting.
 FLOAT32_FACTORS = {"none": 2.0**-24, "ieee": 2.0**-24, "highest": 2.0**-24, "tf32": 2.0**-10, "high": 2.0**-10}
 BFLOAT16_FACTORS = 2.0**-8
@@ -60,12 +63,12 @@ def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormB
 
     * :math:`\hat G = \mathrm{fl}(A^T A)`: each entry is off by at most :math:`\gamma_m (|A|^T |A|)_{ij}`, in whatever
       order and with or without fused multiply-adds it is summed, so the matrix by at most :math:`\gamma_m \|A\|_F^2`;
-    * :math:`\hat R = \mathrm{fl}(cI - \hat G - L L^T)`: the diagonal is rounded once more and each entry is a sum of
-      n + 1 terms, so it is off by at most :math:`\gamma_{n+2} (|cI - \hat G| + |L||L|^T)`, where
-      :math:`|cI - \hat G| \le |R| + |L||L|^T`.
+    * :math:`\hat R = \mathrm{fl}(cI - \hat G - L L^T)`: a term of an entry is rounded at most n + 3 times (once on the
+      diagonal, and in two sums, those over the earlier columns of L and over its own panel's), so it is off by at most
+      :math:`\gamma_{n+3} (|cI - \hat G| + |L||L|^T)`, where :math:`|cI - \hat G| \le |R| + |L||L|^T`.
 
-    Together :math:`s_1^2 \le c + (\|\hat R\|_F + 3\gamma_{n+2}\|L\|_F^2)/(1-\gamma_{n+2}) + \gamma_m\|A\|_F^2`. Only
-    entries on and below the diagonal are computed; R is symmetric, so they count twice. Taking
+    Together :math:`s_1^2 \le c + (\|\hat R\|_F + 3\gamma_{n+3}\|L\|_F^2)/(1-\gamma_{n+3}) + \gamma_m\|A\|_F^2`. Only
+    the lower triangles of G and R are used, which stand for symmetric matrices, so the entries of R count twice. Taking
     :math:`c = (1 + 1.9\,\text{rtol})\,\text{lower}^2` makes the enclosure ``rtol`` wide. Where c would reach
     :math:`\|A\|_F^2`, that is the bound and needs no factor.
 
@@ -97,19 +100,20 @@ def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormB
     """
     if not 1e-6 <= rtol < 1:
         raise ValueError(f"rtol is {rtol}: choose between 1e-6 and 1")
-    matrix = _float64(as_matrix(weight))
+    matrix = as_matrix(weight)
     exponent = _exponent(matrix)
     if exponent is None:
         return SpectralNormBounds(0.0, 0.0)
-    a = _times_power_of_two(matrix, -exponent)
+    half = -exponent // 2  # in two steps, because 2**-exponent alone may be out of range
+    a = _float64(matrix, copy=True).mul_(math.ldexp(1.0, half)).mul_(math.ldexp(1.0, -exponent - half))
     lower, upper = _scaled_bounds(a if a.shape[0] >= a.shape[1] else a.T, rtol)
     return SpectralNormBounds(_scale(lower, exponent, down=True), _scale(upper, exponent, down=False))
 
 
-def _float64(tensor: Tensor) -> Tensor:
+def _float64(tensor: Tensor, copy: bool = False) -> Tensor:
     """In float64, for which MPS has to be left."""
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    device = "cpu" if tensor.device.type == "mps" else tensor.device
+    return tensor.detach().to(device).to(torch.float64, copy=copy)
 
 
 def _exponent(tensor: Tensor) -> int | None:
@@ -146,38 +150,55 @@ def _scaled_bounds(a: Tensor, rtol: float) -> tuple[float, float]:
 def _certificate(gram: Tensor, c: float) -> float | None:
     """A bound of ``lambda_max(gram) - c``, rounding included, or None if c is too small."""
     n = len(gram)
-    shifted = -gram
-    shifted.diagonal().add_(c)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if failed.item():
-        return None
-    residual_sq = 0.0
-    width = max(64, -(-n // PANELS))
+    rest = -gram
+    rest.diagonal().add_(c)
+    residual_sq = factor_sq = 0.0
+    width = WHOLE_UP_TO if n <= WHOLE_UP_TO else PANEL
     for start in range(0, n, width):
-        stop = min(start + width, n)
-        # A panel of columns from the diagonal down; columns of the factor beyond it are zero in these rows of L^T.
-        panel = torch.addmm(shifted[start:, start:stop], factor[start:, :stop], factor[start:stop, :stop].T, alpha=-1)
-        residual_sq += torch.linalg.vector_norm(panel).item() ** 2
-    rounding = _gamma(n + 2)
-    factor_sq = torch.linalg.vector_norm(factor).item() ** 2
-    return (math.sqrt(2 * residual_sq) + 3 * rounding * factor_sq) * (1 + _gamma(n * n)) / (1 - rounding) * UP
+        # One panel of columns, from the diagonal down: less what the earlier columns of L make of it, it is factored,
+        # and what the new columns do not make of it is the residual. The earlier columns lie to the left, in place.
+        panel, left = rest[start:, start : start + width], rest[start:, :start]
+        panel.addmm_(left, left[: panel.shape[1]].T, alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(panel[: panel.shape[1]])
+        if failed.item():
+            return None
+        whole = len(panel) == len(corner)
+        factor = corner if whole else torch.linalg.solve_triangular(corner, panel.T, upper=False).T
+        residual = torch.addmm(panel, factor, factor[: len(corner)].T, alpha=-1)
+        residual_sq += torch.linalg.vector_norm(residual).item() ** 2
+        factor_sq += torch.linalg.vector_norm(factor).item() ** 2
+        panel.copy_(factor)
+    rounding = _gamma(n + 3)
+    slack = (math.sqrt(2 * residual_sq) + 3 * rounding * factor_sq) * (1 + _gamma(n * n)) / (1 - rounding) * UP
+    return slack if math.isfinite(slack) else None
 
 
 def _top_vectors(gram: Tensor, rtol: float) -> Iterator[Tensor]:
     """Better and better approximations of the first eigenvector, each meant to be good enough for ``rtol``."""
-    if len(gram) > EIGH_UP_TO:
-        yield from _lanczos(gram, rtol)
+    n = len(gram)
+    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).to(gram.device)
+    if n >= LANCZOS_FROM:
+        yield from _lanczos(gram, start, rtol)
+    elif n >= POWER_FROM:
+        yield _power_vector(gram, start)
     yield torch.linalg.eigh(gram)[1][:, -1]
 
 
-def _lanczos(gram: Tensor, rtol: float) -> Iterator[Tensor]:
+def _power_vector(gram: Tensor, vector: Tensor) -> Tensor:
+    """``gram ** (8 * POWER_STEPS) @ vector``, up to its length, which cannot underflow in a matrix this small."""
+    power = torch.linalg.matrix_power(gram, 8)
+    power /= torch.linalg.vector_norm(power)
+    for _ in range(POWER_STEPS):
+        vector = power @ vector
+    return vector
+
+
+def _lanczos(gram: Tensor, start: Tensor, rtol: float) -> Iterator[Tensor]:
     """First Ritz vectors: no reorthogonalisation, because a loss of orthogonality only repeats converged ones."""
-    n = len(gram)
-    q = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).to(gram.device)
-    q /= torch.linalg.vector_norm(q)
+    q = start / torch.linalg.vector_norm(start)
     basis, diagonal, off_diagonal = [q], [], []
-    last = min(n, LANCZOS_STEPS)
-    next_look = 8
+    last = min(len(gram), LANCZOS_STEPS)
+    next_look = 12
     for step in range(1, last + 1):
         w = gram @ q
         diagonal.append(torch.dot(w, q).item())
@@ -187,7 +208,7 @@ def _lanczos(gram: Tensor, rtol: float) -> Iterator[Tensor]:
         remainder = torch.linalg.vector_norm(w).item()
         ended = step == last or remainder == 0.0
         if step >= next_look or ended:
-            next_look = step + 4
+            next_look = step + 6
             # eigh reads the lower triangle only.
             tridiagonal = torch.tensor(diagonal, dtype=torch.float64).diag()
             if off_diagonal:
@@ -196,9 +217,9 @@ def _lanczos(gram: Tensor, rtol: float) -> Iterator[Tensor]:
             residual = remainder * abs(vectors[-1, -1].item())
             gap = (values[-1] - values[-2]).item() if step > 1 else 0.0
             error = min(residual, residual**2 / gap) if gap > 0 else residual
-            if ended or error <= 0.5 * rtol * values[-1].item():
+            if ended or error <= rtol * values[-1].item():
                 yield torch.stack(basis, dim=1) @ vectors[:, -1].to(gram.device)
-                next_look = step + max(4, step // 2)  # it did not do: look again when there is more to see
+                next_look = step + step // 2  # it did not do: look again when there is more to see
         if ended:
             return
         off_diagonal.append(remainder)

@@ -25,7 +25,7 @@ def resolve_group(process_group: dist.ProcessGroup | str | None) -> dist.Process
         process_group: a group; ``"world"`` for all processes, when ``torch.distributed`` runs; None for no exchange.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for a group without this process.
 
     Example:
         >>> resolve_group("world") is None  # torch.distributed is not initialized here
@@ -37,13 +37,28 @@ def resolve_group(process_group: dist.ProcessGroup | str | None) -> dist.Process
         if process_group != "world":
             raise ValueError(f"process_group is {process_group!r}: give a group, 'world' or None")
         process_group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    if process_group is None or dist.get_world_size(process_group) == 1:
+    if process_group is None:
         return None
-    return process_group
+    if dist.get_rank(process_group) < 0:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in process_group: give each rank the group that it trains its model with"
+        )
+    return None if dist.get_world_size(process_group) == 1 else process_group
 
 
 def check_same_layers(maps: dict[str, LinearMap], group: dist.ProcessGroup | None) -> None:
-    """Collective. Raise ValueError on every rank unless all ranks watch the same layers of the same shapes."""
+    """Collective. Raise on every rank unless all watch the same layers, each sharded in a way that can be decayed.
+
+    Raises:
+        ValueError: if they do not; RuntimeError on a rank whose own layers are in order when another's are not.
+    """
+    error = None
+    try:
+        for linear in maps.values():
+            local_block(linear)
+    except ValueError as problem:
+        error = problem
+    raise_together(error, group, what="attach()")
     if group is None:
         return
     description = "; ".join(f"{name} {linear.shape}" for name, linear in maps.items())
@@ -57,8 +72,17 @@ def check_same_layers(maps: dict[str, LinearMap], group: dist.ProcessGroup | Non
         )
 
 
-def raise_together(error: Exception | None, group: dist.ProcessGroup | None) -> None:
-    """Collective. If any rank has an error, raise on all of them, so that none waits for one that has left."""
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None, *, what: str = "the refresh") -> None:
+    """Collective. If any rank has an error, raise on all of them, so that none waits for one that has left.
+
+    Args:
+        error: what went wrong on this rank, or None.
+        group: the process group.
+        what: what is said to have failed.
+
+    Raises:
+        Exception: ``error`` itself where there is one; RuntimeError, naming the first rank that has one, elsewhere.
+    """
     if group is None:
         if error is not None:
             raise error
@@ -71,7 +95,7 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None) -> 
     failed = {rank: text for rank, text in enumerate(messages) if text is not None}
     if failed:
         rank, text = next(iter(failed.items()))
-        raise RuntimeError(f"the refresh failed on rank {rank}: {text}")
+        raise RuntimeError(f"{what} failed on rank {rank}: {text}")
 
 
 def any_rank(flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None) -> list[bool]:
@@ -103,8 +127,9 @@ def share_out(costs: Sequence[int], ranks: int) -> list[int]:
 def merge_outliers(rows: Sequence[tuple[OutlierRows, int]], device: torch.device, group: dist.ProcessGroup) -> None:
     """Collective. Give every rank the largest outliers that any rank saw, in place.
 
-    Ranks first exchange magnitudes alone; then each fills in the rows it owns among the winners, and a sum puts them
-    together. So the traffic does not grow with the number of ranks.
+    Ranks first exchange magnitudes and neurons; then each fills in the inputs it owns among the winners, and a sum puts
+    them together. So the traffic does not grow with the number of ranks. Ranks that saw the same activations, as those
+    of a tensor-parallel group do in layers that are not split, count once. All is float32 on the way.
 
     Args:
         rows: the outliers of each layer, and the layer's ``in_features``.
@@ -113,33 +138,46 @@ def merge_outliers(rows: Sequence[tuple[OutlierRows, int]], device: torch.device
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     capacity = max(outliers.capacity for outliers, _ in rows)
-    mine = torch.full((len(rows), capacity), -1.0, device=device)
+    # A magnitude of -1 says that there is no row. Neurons are exact in float32 up to 16 million.
+    mine = torch.full((2, len(rows), capacity), -1.0, dtype=torch.float32, device=device)
     for index, (outliers, _) in enumerate(rows):
         if len(outliers):
-            mine[index, : len(outliers)] = outliers.magnitude.to(mine)
-    everyone = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(everyone, mine, group=group)
-    magnitude, source = torch.cat(everyone, dim=1).topk(capacity, dim=1)
-    width = sum(n for _, n in rows)
-    x = torch.zeros(capacity, width, device=device)
-    neuron = torch.zeros(capacity, len(rows), dtype=torch.int64, device=device)
+            mine[0, index, : len(outliers)] = outliers.magnitude.to(mine)
+            mine[1, index, : len(outliers)] = outliers.neuron.to(mine)
+    gathered = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(gathered, mine, group=group)
+    everyone = torch.stack(gathered, dim=2)  # (2, layers, ranks, capacity)
+    everyone[0].masked_fill_(_copies(everyone.permute(1, 2, 0, 3).flatten(2)).unsqueeze(2), -1.0)
+    magnitude, neuron = everyone.flatten(2)
+    # Stable, so that all ranks put equal magnitudes into the same order.
+    magnitude, source = (part[:, :capacity] for part in magnitude.sort(dim=1, descending=True, stable=True))
+    neuron = neuron.gather(1, source).long()
+    x = torch.zeros(capacity, sum(n for _, n in rows), dtype=torch.float32, device=device)
     first = 0
     for index, (outliers, n) in enumerate(rows):
         slots = ((source[index] // capacity == rank) & (magnitude[index] >= 0)).nonzero().squeeze(1)
-        own = source[index, slots] % capacity
-        if len(own):
+        if len(slots):
+            own = source[index, slots] % capacity
             x[slots, first : first + n] = outliers.x[own.to(outliers.x.device)].to(x)
-            neuron[slots, index] = outliers.neuron[own.to(outliers.neuron.device)].to(neuron)
         first += n
     dist.all_reduce(x, group=group)
-    dist.all_reduce(neuron, group=group)
     first = 0
     for index, (outliers, n) in enumerate(rows):
         kept = magnitude[index] >= 0
         if kept.any():
             outliers.allocate(n, x.dtype, device)
-            outliers.merge(magnitude[index, kept], neuron[kept, index], x[kept, first : first + n])
+            outliers.merge(magnitude[index, kept], neuron[index, kept], x[kept, first : first + n])
         first += n
+
+
+def _copies(lists: Tensor) -> Tensor:
+    """For ``(layers, ranks, numbers)``, whether a rank's list is the same as that of a rank before it."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(lists.shape[2], generator=generator, dtype=torch.float64).to(lists.device)
+    code, order = (lists * weights).sum(dim=2).sort(dim=1, stable=True)
+    same = torch.zeros_like(code, dtype=torch.bool)
+    same[:, 1:] = code[:, 1:] == code[:, :-1]
+    return torch.zeros_like(same).scatter(1, order, same)
 
 
 @torch.no_grad()
@@ -174,6 +212,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def gradient(weight: Tensor) -> Tensor:
+    """The gradient of a weight, laid out as the weight is; collective over its mesh when that has to be made so.
+
+    The gradient of a replicated ``DTensor`` that met sharded activations is a sum that nobody has added up yet. What
+    every rank added to its part of that would count once for each rank.
+    """
+    if is_dtensor(weight.grad) and weight.grad.placements != weight.placements:
+        weight.grad = weight.grad.redistribute(placements=weight.placements)
+    return weight.grad
+
+
 class Block(NamedTuple):
     """The part of a map's matrix that this rank holds.
 
@@ -192,7 +241,7 @@ class Block(NamedTuple):
     def view(self, tensor: Tensor) -> Tensor:
         """The block inside the local part of the parameter or its gradient, as a matrix sharing its memory."""
         part = tensor[self.part]
-        part = part.view(part.shape[0], -1) if part.ndim > 2 else part
+        part = part.view(part.shape[0], part.shape[1:].numel()) if part.ndim > 2 else part  # -1 fails when it is empty
         return part.T if self.transposed else part
 
     @property
@@ -240,7 +289,8 @@ def sum_over_shards(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     meshes: dict[tuple, list[int]] = {}
     for index, (weight, _) in enumerate(parts):
         if is_dtensor(weight):
-            key = (weight.device_mesh, tuple(placement.is_shard() for placement in weight.placements))
+            # Not is_shard(): it is False for the strided shards that FSDP2 makes of tensor-parallel ones.
+            key = (weight.device_mesh, tuple(not placement.is_replicate() for placement in weight.placements))
             meshes.setdefault(key, []).append(index)
     if not meshes:
         return sums

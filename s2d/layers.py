@@ -247,34 +247,23 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Name prefixes of the entries of repeated-block containers; Linear entries are layers, not blocks."""
+    """What the names inside the entries of repeated-block containers begin with; an entry that is a Linear has none."""
     prefixes = []
     for name, container in _named_modules(model):
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
         # Not named_children(), for which a block that is repeated with the same weights is one.
-        entries = {key: _without_wrapper(child) for key, child in container._modules.items() if child is not None}
-        counts = Counter(_kind(entry) for entry in entries.values())
-        repeated = {kind for kind, count in counts.items() if count > 1}
-        holding = {kind for kind in repeated if any(_holds_map(e) for e in entries.values() if _kind(e) == kind)}
-        prefixes += [f"{_join(name, key)}." for key, entry in entries.items() if _kind(entry) in holding]
+        kinds = {key: _kind(entry) for key, entry in container._modules.items() if entry is not None}
+        counts = Counter(kinds.values())
+        prefixes += [f"{_join(name, key)}." for key, kind in kinds.items() if counts[kind] > 1]
     return tuple(prefixes)
 
 
-def _without_wrapper(module: nn.Module) -> nn.Module:
-    while inside := [module._modules[wrapper] for wrapper in INNER_WRAPPERS if wrapper in module._modules]:
-        module = inside[0]
-    return module
-
-
-def _kind(module: nn.Module) -> str:
-    """The class of a block; FSDP2 gives each module that it shards a class of its own."""
-    return type(module).__name__.removeprefix("FSDP")
-
-
-def _holds_map(entry: nn.Module) -> bool:
-    """Whether a linear layer lies inside (a Linear itself is a layer, not a block)."""
-    return any(isinstance(m, nn.Linear) or _is_conv1d_of_gpt2(m) for m in entry.modules() if m is not entry)
+def _kind(entry: nn.Module) -> str:
+    """The class of a block inside its wrappers; FSDP2 gives each module that it shards a class of its own."""
+    while inside := [entry._modules[wrapper] for wrapper in INNER_WRAPPERS if wrapper in entry._modules]:
+        entry = inside[0]
+    return type(entry).__name__.removeprefix("FSDP")
 
 
 def _select(found: dict[str, LinearMap], selector: Selector) -> dict[str, LinearMap]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, Literal
@@ -238,6 +239,7 @@ class SelectiveSpectralDecay:
         self.refresh_seconds = 0.0
         self._watched = {name: _WatchedLayer(linear) for name, linear in maps.items()}
         self._watch = OutlierWatch({name: modules_sharing(model, linear) for name, linear in maps.items()}, outliers)
+        self._warned = False
         self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list[Any] = []
 
@@ -426,6 +428,15 @@ class SelectiveSpectralDecay:
             raise RuntimeError(
                 "criterion='activation' needs the forward pass of this training step, and saw none with gradients "
                 "enabled: call attach() before the forward pass, or use criterion='spectral'"
+            )
+        unseen = [name for name in chosen if not len(self._watch.rows[name])]
+        if unseen and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{len(unseen)} of {len(chosen)} layers have a gradient but were never called ({', '.join(unseen[:3])}"
+                f"{', ...' if len(unseen) > 3 else ''}): their weight is read by another module, so criterion='activation' "
+                "leaves them alone; use criterion='spectral' or exclude= them",
+                stacklevel=2,
             )
 
     def _solve(
@@ -646,11 +657,17 @@ class SelectiveSpectralDecay:
 
 
 def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside the wrappers of accelerate and Lightning, whose step calls its step."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"attach() was given {type(optimizer).__name__}: give the torch optimizer")
+    """The torch optimizer inside the wrappers of accelerate, Lightning and timm, whose step calls its step."""
+    for attribute in ("optimizer", "_base_optimizer"):
+        inner = getattr(optimizer, attribute, None)
+        if isinstance(inner, torch.optim.Optimizer):
+            return _unwrap(inner)
+    # torch marks the step methods whose hooks it runs; a class that skips Optimizer.__init__ would never call ours.
+    if not isinstance(optimizer, torch.optim.Optimizer) or not getattr(type(optimizer).step, "hooked", False):
+        raise ValueError(
+            f"attach() was given {type(optimizer).__name__}, which does not run step hooks: give the torch optimizer "
+            "inside it"
+        )
     return optimizer
 
 

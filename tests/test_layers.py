@@ -280,6 +280,11 @@ def test_blocks_at_the_top_of_a_container(container: Callable[..., nn.Module]) -
     assert list(found) == ["0.mlp.fc1", "0.mlp.fc2", "2.mlp.fc1", "2.mlp.fc2"]
 
 
+def test_block_1_is_not_the_beginning_of_layer_10() -> None:
+    model = nn.Sequential(Block(), Block(), *[nn.GELU() for _ in range(8)], nn.Linear(4, 2))
+    assert list(linear_maps(model)) == names_in("{}.mlp", "fc1 fc2")
+
+
 def test_blocks_of_two_towers() -> None:
     model = nn.ModuleDict({"visual": Vit(), "text": Vit()})
     assert list(linear_maps(model)) == [f"{tower}.{name}" for tower in ("visual", "text") for name in FFN]
@@ -665,6 +670,7 @@ def test_parts_of_attention_are_chosen_by_name() -> None:
 def test_patterns_are_case_sensitive() -> None:
     with pytest.raises(ValueError, match="'HEAD' matches no linear layer"):
         linear_maps(Vit(), include="HEAD")
+    assert list(linear_maps(nn.ModuleDict({"fc": nn.Linear(2, 2), "FC": nn.Linear(2, 2)}), include="FC")) == ["FC"]
 
 
 @pytest.mark.parametrize("choice", [{"include": "*.fc3"}, {"exclude": "*.fc3"}, {"include": ["head", "*.fc3"]}])
@@ -698,6 +704,11 @@ def test_nothing_but_convolutions_is_refused_with_their_names(groups: int, names
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3, groups=groups))
     with pytest.raises(ValueError, match=f"Sequential has no linear layers but convolutions.*include=.*: {names}$"):
         linear_maps(model)
+
+
+def test_an_empty_name_is_visible_in_messages() -> None:
+    with pytest.raises(ValueError, match="leave none of: ''$"):
+        linear_maps(nn.Linear(2, 2), exclude="")
 
 
 def test_long_lists_of_names_are_cut() -> None:
@@ -860,9 +871,10 @@ class Packed(torch.Tensor):
 
     def __init__(self, inside: Tensor) -> None:
         self.inside = inside
+        self.scale = torch.ones(1)
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["inside"], None
+        return ["inside", "scale"], None
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:

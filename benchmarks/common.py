@@ -1,0 +1,71 @@
+"""What the benchmarks share: weights of known spectra, errors against float64, clocks that wait, the hardware line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2d import SingularTriplets
+
+SPECTRA = ("planted", "power law", "flat")
+
+
+def make_weight(kind: str, m: int, n: int, seed: int, device: str = "cpu") -> Tensor:
+    """A random weight: three components above a gaussian bulk, ``s_i = i**-0.5``, or the gaussian bulk alone."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    if kind == "power law":
+        r = min(m, n)
+        u, v = (torch.linalg.qr(normal(size, r))[0] for size in (m, n))
+        return (u * torch.arange(1, r + 1, device=device) ** -0.5) @ v.T
+    bulk = normal(m, n) / (m**0.5 + n**0.5)  # its largest singular value is about 1
+    if kind == "planted":
+        u, v = (torch.linalg.qr(normal(size, 3))[0] for size in (m, n))
+        bulk.addmm_(u * torch.tensor([3.0, 2.0, 1.5], device=device), v.T)
+    return bulk
+
+
+def drifted(weight: Tensor, size: float, seed: int) -> Tensor:
+    """The weight after a random change of this size relative to its Frobenius norm."""
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    change = torch.randn(weight.shape, generator=generator, device=weight.device)
+    return change.mul_(size * weight.norm() / change.norm()).add_(weight)
+
+
+def errors(weight: Tensor, triplets: SingularTriplets) -> tuple[float, float]:
+    """Largest relative error of the singular values, and that of ``U diag(s**2) V^T``, against a float64 SVD."""
+    k = len(triplets.s)
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    true = (u[:, :k] * s[:k] ** 2) @ vh[:k]
+    a, sigma, b = (part.double() for part in triplets)
+    values = ((sigma - s[:k]).abs() / s[:k]).max()
+    return values.item(), (torch.linalg.norm((a * sigma**2) @ b.T - true) / torch.linalg.norm(true)).item()
+
+
+def timed(function: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
+    """Seconds the call took, the device's queue emptied before and after, and what it returned."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = function()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def tensor_bytes(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def hardware(device: str = "cpu") -> str:
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"on {name} ({platform.machine()}, {torch.get_num_threads()} CPU threads{load}), torch {torch.__version__}"
