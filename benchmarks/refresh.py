@@ -7,7 +7,7 @@
 Both sides run in this process. Weights are random with known spectra; the warm start is the answer for the weight
 before a random drift, as between two refreshes. The SVD is timed on one weight of each shape and multiplied, unless
 ``--full``. Targets: 25 times faster on 2 CPU cores, 100 times on a GPU; error of the three singular values at most
-1e-5, of the penalty ``U diag(s^2) V^T`` at most 1e-3 (float64 SVD, one weight of each shape).
+1e-5, of the penalty ``U diag(s^2) V^T`` at most 1e-3 (against float64, one weight of each shape).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def vit_table(args: argparse.Namespace) -> None:
             wrong = [errors(weights[0], solved[i * args.layers].triplets) for i, weights in enumerate(groups)]
             products = statistics.mean(s.products for s in solved)
             values, penalty = (max(column) for column in zip(*wrong, strict=True))
-            print(f"{kind:10s} {label:>6s} {svd:8.3f} {seconds:8.4f} {svd / seconds:7.1f} {products:9.1f} "
+            tqdm.write(f"{kind:10s} {label:>6s} {svd:8.3f} {seconds:8.4f} {svd / seconds:7.1f} {products:9.1f} "
                   f"{sum(s.full_svd for s in solved):8d} {values:8.1e} {penalty:8.1e}")  # fmt: skip
     kept = tensor_bytes(part for s in cold for part in s.triplets)
     weights = tensor_bytes(w for group in before for w in group)
@@ -102,7 +102,7 @@ def width_table(args: argparse.Namespace) -> None:
                 f"{s:.4f} ({r[0].products:d}{'!' * r[0].full_svd})" for s, r in ((cold_seconds, cold), (seconds, warm))
             ]
             ratio = "skipped" if svd is None else f"{svd / seconds:.1f}"
-            print(f"{width:6d} {kind:10s} {'skipped' if svd is None else f'{svd:.3f}':>8s} {cells[0]:>16s} "
+            tqdm.write(f"{width:6d} {kind:10s} {'skipped' if svd is None else f'{svd:.3f}':>8s} {cells[0]:>16s} "
                   f"{cells[1]:>16s} {ratio:>10s}")  # fmt: skip
 
 

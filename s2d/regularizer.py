@@ -433,9 +433,9 @@ class SelectiveSpectralDecay:
         if unseen and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{len(unseen)} of {len(chosen)} layers have a gradient but were never called ({', '.join(unseen[:3])}"
-                f"{', ...' if len(unseen) > 3 else ''}): their weight is read by another module, so criterion='activation' "
-                "leaves them alone; use criterion='spectral' or exclude= them",
+                f"{len(unseen)} of {len(chosen)} layers have a gradient but were never called "
+                f"({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}): another module reads their weight, so "
+                "criterion='activation' leaves them alone; use criterion='spectral' or exclude= them",
                 stacklevel=2,
             )
 

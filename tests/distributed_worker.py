@@ -688,7 +688,7 @@ def printed(example: Path) -> dict[str, str]:
 def main(folder: Path) -> None:
     faulthandler.dump_traceback_later(HANG, exit=True)  # so that a deadlock shows where, and leaves no process behind
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=40))
     rank, size = dist.get_rank(), dist.get_world_size()
     work = {name: lambda w=wrap, r=run: train(w, r) for name, (sizes, wrap, run) in TRAININGS.items() if size in sizes}
     for name in RESUMED:

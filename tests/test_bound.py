@@ -391,6 +391,16 @@ def test_without_any_vector_the_frobenius_norm_is_left(monkeypatch: pytest.Monke
     assert upper == pytest.approx(torch.linalg.matrix_norm(weight).item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(30, 30), (70, 64), (79, 200), (90, 80), (130, 130)])
+@pytest.mark.parametrize("kind", ["gaussian", "gapped", "clustered", "flat"])
+def test_the_usual_matrix_needs_no_full_decomposition(shape, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian(*shape) if kind == "gaussian" else planted(*shape, spectrum(kind, min(shape)))
+    sizes, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or eigh(matrix))
+    check_enclosure(weight)
+    assert all(size < 25 for size in sizes)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "gaussian"])
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6])
 def test_lanczos_needs_no_second_certificate_and_no_full_decomposition(kind: str, rtol: float, monkeypatch) -> None:
@@ -990,10 +1000,19 @@ def test_activations_of_any_scale_in_float64(convolution: bool, exponent: int) -
 
 
 def test_inputs_of_very_different_scale_in_one_call_are_no_violation() -> None:
-    # 1e-200 beside 1e200: the square of the small one is lost, its output is not.
-    layer = one_layer(torch.tensor([[1e150]], dtype=torch.float64))
-    (row,) = check_bound(layer, torch.tensor([[1e-200], [1e150]], dtype=torch.float64))
+    # Beside 1 the square of 1e-170 is lost, and with it the norm of the second input, but not that of its output.
+    layer = one_layer(torch.tensor([[0.0, 1.0]], dtype=torch.float64))
+    (row,) = check_bound(layer, torch.tensor([[1.0, 0.0], [0.0, 1e-170]], dtype=torch.float64))
     assert row.holds
+
+
+@pytest.mark.parametrize(("error", "holds"), [(1, True), (-1, True), (8, False)])
+def test_a_sum_as_wrong_as_float32_may_be_is_no_violation(error: int, holds: bool) -> None:
+    n = 2**16  # products: their sum can be off by n units, 0.4 %
+    layer = one_layer(torch.ones(1, n))
+    layer.register_forward_hook(lambda _module, _args, output: output * (1 + error * n * 2.0**-24))
+    (row,) = check_bound(layer, torch.ones(1, n))
+    assert row.holds == holds
 
 
 # Settings under which the same layer is computed otherwise
@@ -1102,6 +1121,10 @@ def test_a_module_at_two_places_counts_each_call_once() -> None:
     layer = nn.Linear(4, 4)
     (row,) = check_bound(nn.Sequential(layer, nn.Tanh(), layer), torch.ones(3, 4))
     assert row.tokens == 6
+    twin = nn.Linear(4, 4)
+    twin.weight = layer.weight
+    (row,) = check_bound(nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), twin), torch.ones(3, 4))
+    assert row.tokens == 9
 
 
 # The table and the call

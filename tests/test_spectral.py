@@ -599,6 +599,23 @@ def test_the_precision_of_products_is_left_as_it_was(precision: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "mkldnn"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_newer_precision_switches_are_left_as_they_were(backend: str, precision: str) -> None:
+    switch = getattr(torch.backends, backend).matmul
+    if not hasattr(switch, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    weight = gaussian(200, 160).float()
+    expected = solve_one(weight)
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = precision  # from here on torch refuses to read the older switch
+        assert equal(solve_one(weight), expected)
+        assert switch.fp32_precision == precision
+    finally:
+        switch.fp32_precision = before
+
+
 def test_inside_autocast_inference_mode_and_a_graph() -> None:
     weight = torch.nn.Parameter(gaussian(200, 160).float())
     expected = solve_one(weight)
