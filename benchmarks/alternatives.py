@@ -181,8 +181,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--depth", type=int, default=4, help="MLP blocks")
-    parser.add_argument("--tokens", type=int, default=4096, help="inputs a step")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=512, help="inputs a step")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="2 blocks of width 256, 512 inputs, 2 rounds")
     args = parser.parse_args()
     if args.quick:

@@ -86,7 +86,12 @@ class LinearMap:
 
     def input(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The input x among the arguments of a call of ``module``."""
-        return args[self.argument] if len(args) > self.argument else kwargs[self.keyword]
+        if len(args) > self.argument:
+            return args[self.argument]
+        if self.keyword in kwargs:
+            return kwargs[self.keyword]
+        # A subclass may have named its argument otherwise.
+        return next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
 def linear_maps(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2d.spectral import SingularTriplets, as_matrix, top_singular_triplets
 
-ROUNDING = 1e-6  # of a ratio computed in float32: a weight of rank one has PCDR 1 only up to this
+ROUNDING = 1e-5  # of a ratio computed in float32: a weight of rank one has PCDR 1 only up to this
 
 
 def activation_pcdr(
@@ -65,7 +65,7 @@ def activation_pcdr(
     elif not 1 <= k_max <= len(triplets.s):
         raise ValueError(f"k_max is {k_max}, but {len(triplets.s)} triplets were given")
     u, s, v = (t[..., :k_max].to(matrix) for t in triplets)
-    x = x.to(matrix)
+    x, neuron = x.to(matrix), neuron.to(matrix.device)
     partial = (u[neuron] * s * (x @ v)).cumsum(dim=1)
     total = (matrix[neuron] * x).sum(dim=1, keepdim=True)
     return partial.abs() / total.abs().masked_fill(total == 0, float("nan"))

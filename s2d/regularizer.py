@@ -30,7 +30,7 @@ from s2d.watch import OutlierWatch
 CRITERIA = ("activation", "spectral", "all")
 COEFFICIENTS = ("cached", "live")
 COUPLINGS = ("gradient", "decoupled")
-FIELDS = ("u", "s", "v", "pcdr")  # what a layer keeps between refreshes, beside its rank
+FIELDS = ("u", "s", "v", "pcdr", "info")  # what a layer keeps between refreshes, beside its rank
 REFRESH_TOL = 5e-5  # residual of the triplets relative to s_1; the penalty is then right to about 1e-4
 
 
@@ -67,13 +67,18 @@ def add_spectral_penalty_(target: Tensor, triplets: SingularTriplets, coefficien
 
     Example:
         >>> t = SingularTriplets(torch.tensor([[1.0], [0.0]]), torch.tensor([2.0]), torch.tensor([[0.0], [1.0]]))
-        >>> add_spectral_penalty_(torch.zeros(2, 2), t, t.s**2, scale=0.5)
-        tensor([[0., 2.],
+        >>> add_spectral_penalty_(torch.zeros(2, 2), t, t.s**2, scale=0.25)
+        tensor([[0., 1.],
                 [0., 0.]])
 
     Paper: Algorithm 1, lines 12 and 20. Cost: O(m n k).
     """
-    return target.addmm_((triplets.u * coefficients).to(target.dtype), triplets.v.T.to(target.dtype), alpha=scale)
+    # Both factors take the root of the strength: in float16 all of it in one of them could overflow.
+    strength = coefficients * scale
+    root = strength.abs().sqrt()
+    return target.addmm_(
+        (triplets.u * (root * strength.sign())).to(target.dtype), (triplets.v * root).T.to(target.dtype)
+    )
 
 
 def penalty_cosine(a: SingularTriplets, b: SingularTriplets, *, power: float = 2, rank: int | None = None) -> float:
@@ -103,7 +108,7 @@ def penalty_cosine(a: SingularTriplets, b: SingularTriplets, *, power: float = 2
     if norm_a == 0 or norm_b == 0:
         return float(norm_a == norm_b)
     overlap = (u_a.T @ u_b) * (v_a.T @ v_b)
-    return float((c_a / norm_a) @ overlap @ (c_b / norm_b))
+    return max(-1.0, min(1.0, float((c_a / norm_a) @ overlap @ (c_b / norm_b))))
 
 
 class _WatchedLayer:
@@ -115,8 +120,8 @@ class _WatchedLayer:
         self.triplets: SingularTriplets | None = None
         self.pcdr: Tensor | None = None
         self.rank = 0  # how many components are penalised
-        self.error = self.seconds = 0.0
-        self.full_svd = False
+        self.spent: Tensor | None = None  # how much decoupled decay has taken off each component since
+        self.info: Tensor | None = None  # error, whether the full SVD answered, seconds
         self._factors: tuple[distributed.Block, Tensor, Tensor] | None = None
 
     def selected(self) -> SingularTriplets:
@@ -130,9 +135,10 @@ class _WatchedLayer:
             self._factors = block, selected.u[block.rows], selected.v[block.columns]
         return self._factors
 
-    def set(self, triplets: SingularTriplets, pcdr: Tensor, rank: int) -> None:
+    def set(self, triplets: SingularTriplets, pcdr: Tensor, info: Tensor, rank: int) -> None:
         """What a refresh found."""
-        self.triplets, self.pcdr, self.rank, self._factors = triplets, pcdr, rank, None
+        self.triplets, self.pcdr, self.info, self.rank = triplets, pcdr, info, rank
+        self.spent, self._factors = torch.zeros_like(pcdr), None
 
 
 class SelectiveSpectralDecay:
@@ -240,6 +246,7 @@ class SelectiveSpectralDecay:
         self._watched = {name: _WatchedLayer(linear) for name, linear in maps.items()}
         self._watch = OutlierWatch({name: modules_sharing(model, linear) for name, linear in maps.items()}, outliers)
         self._warned = False
+        self._stepping: set[int] = set()
         self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list[Any] = []
 
@@ -273,29 +280,21 @@ class SelectiveSpectralDecay:
         """
         if self._handles:
             raise ValueError("already attached: call detach() first")
-        optimizers = [_unwrap(optimizer) for optimizer in optimizers]
-        owner = {
-            id(parameter): optimizer
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        foreign = []
-        for name, watched in self._watched.items():
-            weight = watched.linear.weight
-            watched.optimizer = owner.get(id(weight))
-            if watched.optimizer is None and weight.requires_grad:
-                foreign.append(name)
-        if foreign or not owner:
-            raise ValueError(
+        self._optimizers = [_unwrap(optimizer) for optimizer in optimizers]
+        foreign = self._find_owners()
+        error = None
+        if foreign or not optimizers:
+            error = ValueError(
                 f"the optimizer does not own the weights of {len(foreign)} of {len(self._watched)} watched layers "
                 f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}): build it from model.parameters() "
                 "after wrapping the model, freeze those layers with requires_grad_(False), or leave them out with "
                 "exclude="
             )
+        distributed.raise_together(error, self._group(), what="attach()")
         distributed.check_same_layers(self.layers, self._group())
-        self._optimizers = optimizers
-        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if self.criterion == "activation":
             self._watch.attach()
         self._set_steps(self.steps)
@@ -306,6 +305,18 @@ class SelectiveSpectralDecay:
             self._handles.pop().remove()
         self._watch.detach()
         self._watch.clear()
+
+    def _find_owners(self) -> list[str]:
+        """Note which optimizer owns which weight; the names of trained weights that none owns."""
+        owner = {
+            id(parameter): optimizer
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for watched in self._watched.values():
+            watched.optimizer = owner.get(id(watched.linear.weight))
+        return [n for n, w in self._watched.items() if w.optimizer is None and w.linear.weight.requires_grad]
 
     def _set_steps(self, steps: int) -> None:
         """Count, and watch the forward passes of the steps that refresh."""
@@ -320,20 +331,33 @@ class SelectiveSpectralDecay:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The optimizer's hook: Algorithm 1, lines 6 to 20, between ``backward()`` and the update."""
+        if id(optimizer) in self._stepping:  # a step that calls its base class's step runs the hooks again
+            return None
+        self._stepping.add(id(optimizer))
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._step(optimizer, first=True)
+            try:
+                self._step(optimizer, first=True)
+            except BaseException:  # torch runs no post-hook then
+                self._stepping.discard(id(optimizer))
+                raise
             return None
         calls = 0
 
         def closure_with_penalty():
             nonlocal calls
+            watching = self._watch.active
+            self._watch.active = watching and calls == 0  # later calls are no forward pass of the next step
             loss = closure()  # computes the gradient anew, so the penalty has to follow it
+            self._watch.active = watching
             self._step(optimizer, first=calls == 0)
             calls += 1
             return loss
 
         return args[:1], {**kwargs, "closure": closure_with_penalty}
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._stepping.discard(id(optimizer))
 
     @torch.no_grad()
     def _step(self, optimizer: torch.optim.Optimizer, *, first: bool) -> None:
@@ -342,9 +366,11 @@ class SelectiveSpectralDecay:
             return  # the optimizer will skip this step, and so do we
         scale = getattr(optimizer, "grad_scale", None)
         leads = optimizer is self._optimizers[0] and first
-        if leads and self.steps % self.refresh_every == 0:
-            self._refresh([watched.linear.weight.grad is not None for watched in self._watched.values()])
-        self._apply(optimizer, 1.0 if scale is None else float(scale))
+        with torch.autocast(self._device().type, enabled=False):
+            if leads and self.steps % self.refresh_every == 0:
+                self._find_owners()
+                self._refresh([watched.linear.weight.grad is not None for watched in self._watched.values()])
+            self._apply(optimizer, 1.0 if scale is None else float(scale))
         if leads:
             self._set_steps(self.steps + 1)
 
@@ -363,17 +389,20 @@ class SelectiveSpectralDecay:
             rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         for watched, s in zip(chosen, values, strict=True):
             weight = watched.linear.weight
+            # The gradient may have to be summed over ranks first, in which those with an empty block take part.
+            target = distributed.gradient(weight) if self.coupling == "gradient" else weight
             block, u, v = watched.local_factors()
             if block.empty:
                 continue
-            triplets = SingularTriplets(u, s, v)
+            triplets, target = SingularTriplets(u, s, v), block.view(distributed.local(target))
             if self.coupling == "gradient":
-                target = block.view(distributed.local(weight.grad))
                 add_spectral_penalty_(target, triplets, s**self.power, scale=self.lam * grad_scale)
             else:
                 # More than the whole component would turn its sign and start it growing again.
-                decay = (rates[id(weight)] * self.lam * s**self.power).minimum(s)
-                add_spectral_penalty_(block.view(distributed.local(weight)), triplets, decay, scale=-1.0)
+                left = s if self.coefficients == "live" else s - watched.spent[: watched.rank]
+                decay = (rates[id(weight)] * self.lam * s**self.power).minimum(left)
+                watched.spent[: watched.rank] += decay
+                add_spectral_penalty_(target, triplets, decay, scale=-1.0)
 
     @staticmethod
     def _live_values(chosen: list[_WatchedLayer]) -> list[Tensor]:
@@ -407,14 +436,16 @@ class SelectiveSpectralDecay:
         group = self._group()
         active = distributed.any_rank(active, self._device(), group)
         chosen = {name: w for (name, w), on in zip(self._watched.items(), active, strict=True) if on}
-        for watched in self._watched.values():
-            watched.rank = 0
-        if chosen and self.criterion == "activation":
-            self._gather_outliers(chosen, group)
-        found, error = self._solve(chosen, group)
-        distributed.raise_together(error, group)
-        self._share(chosen, found, group)
-        self._watch.clear()
+        try:
+            if chosen and self.criterion == "activation":
+                self._gather_outliers(chosen, group)
+            found, error = self._solve(chosen, group)
+            distributed.raise_together(error, group)
+            self._share(chosen, found, group)
+            for name in self._watched.keys() - chosen.keys():
+                self._watched[name].rank = 0
+        finally:  # after a failure too: merged once, the rows would count once for each rank the next time
+            self._watch.clear()
         self.refresh_seconds = time.perf_counter() - began
 
     def _device(self) -> torch.device:
@@ -457,7 +488,7 @@ class SelectiveSpectralDecay:
             if error is None:
                 try:
                     found |= self._solve_own(own)
-                except (ValueError, RuntimeError) as problem:  # RuntimeError: torch.linalg, out of memory
+                except Exception as problem:  # whatever it is, the other ranks must not wait for this one
                     error = problem
         return found, error
 
@@ -509,18 +540,15 @@ class SelectiveSpectralDecay:
         for name, watched in chosen.items():
             if name in found:
                 (triplets, error, _, full_svd), pcdr, seconds = found[name]
-                numbers = torch.tensor([error, float(full_svd), seconds], dtype=torch.float64, device=pcdr.device)
-                results[name] = (*triplets, pcdr, numbers)
+                info = torch.tensor([error, float(full_svd), seconds], dtype=torch.float64, device=pcdr.device)
+                results[name] = (*triplets, pcdr, info)
             else:
                 results[name] = self._empty_result(watched)
         if group is not None:
             distributed.sum_over_ranks([tensor for result in results.values() for tensor in result], group)
-        for name, (u, s, v, pcdr, numbers) in results.items():
-            watched = chosen[name]
+        for name, (u, s, v, pcdr, info) in results.items():
             rank = len(s) if self.criterion == "all" else outlier_rank(pcdr, self.tau) or 0
-            watched.set(SingularTriplets(u, s, v), pcdr, rank)
-            watched.error, full_svd, watched.seconds = numbers.tolist()
-            watched.full_svd = bool(full_svd)
+            chosen[name].set(SingularTriplets(u, s, v), pcdr, info, rank)
 
     def _empty_result(self, watched: _WatchedLayer) -> tuple[Tensor, ...]:
         m, n = watched.linear.shape
@@ -555,7 +583,8 @@ class SelectiveSpectralDecay:
             row |= {f"sigma_{k}": value for k, value in enumerate(w.triplets.s.tolist(), start=1)}
             row["penalty"] = float(spectral_penalty(s, lam=self.lam, power=self.power))
             row["penalty_norm"] = self.lam * float(torch.linalg.vector_norm(s**self.power))
-            row |= {"error": w.error, "full_svd": w.full_svd, "refresh_seconds": w.seconds}
+            error, full_svd, seconds = w.info.tolist()
+            row |= {"error": error, "full_svd": bool(full_svd), "refresh_seconds": seconds}
             rows.append(row)
         return rows
 
@@ -620,7 +649,8 @@ class SelectiveSpectralDecay:
             if w.triplets is not None:  # a layer that was frozen so far has none
                 # Clones: a state that shared memory with the run would change under the reader's hands.
                 state |= {f"{name}.{field}": getattr(w.triplets, field).clone() for field in ("u", "s", "v")}
-                state[f"{name}.pcdr"] = w.pcdr.clone()
+                state |= {f"{name}.{field}": getattr(w, field).clone() for field in ("pcdr", "info", "spent")}
+                state[f"{name}.info"][2] = 0  # the time it took is no part of where the run stands
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -637,7 +667,8 @@ class SelectiveSpectralDecay:
             )
         for name in names:
             given = [state[f"{name}.{field}"].shape for field in FIELDS if f"{name}.{field}" in state]
-            expected = [tensor.shape for tensor in self._empty_result(self._watched[name])[:-1]]
+            given = given if not given or f"{name}.spent" in state else given[:-1]
+            expected = [tensor.shape for tensor in self._empty_result(self._watched[name])]
             if f"{name}.rank" not in state or len(given) not in (0, len(FIELDS)):
                 raise ValueError(f"the state of layer {name} was cut short: it lacks one of rank, {', '.join(FIELDS)}")
             if given and given != expected:
@@ -647,13 +678,14 @@ class SelectiveSpectralDecay:
                 )
         self._set_steps(int(state["steps"]))
         for name, w in self._watched.items():
-            w.triplets, w.pcdr, w.rank = None, None, 0
+            w.triplets, w.rank = None, 0
             if f"{name}.u" in state:
-                like = self._empty_result(w)[:-1]
-                u, s, v, pcdr = (
+                like = self._empty_result(w)
+                u, s, v, pcdr, info = (
                     state[f"{name}.{field}"].clone().to(tensor) for field, tensor in zip(FIELDS, like, strict=True)
                 )
-                w.set(SingularTriplets(u, s, v), pcdr, int(state[f"{name}.rank"]))
+                w.set(SingularTriplets(u, s, v), pcdr, info, int(state[f"{name}.rank"]))
+                w.spent = state[f"{name}.spent"].clone().to(pcdr)
 
 
 def _unwrap(optimizer: Any) -> torch.optim.Optimizer:

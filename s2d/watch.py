@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +19,8 @@ class OutlierWatch:
     In training only forward passes that will be differentiated count: evaluation under ``torch.no_grad()`` is ignored,
     and the second forward pass of activation checkpointing, inside ``backward()``, counts only where the first had no
     gradients. The hooks stay on the modules but do nothing while inactive, so a compiled model has two variants, with
-    and without, and does not compile anew. A copy of the model (an EMA, a pickle) carries hooks that do nothing.
+    and without, and does not compile anew; in blocks that are compiled one by one inside activation checkpointing an
+    activation counts twice. A copy of the model (an EMA, a pickle) carries hooks that do nothing.
 
     Args:
         maps: name to the maps that share one weight.
@@ -45,11 +47,14 @@ class OutlierWatch:
         self.maps, self.training_only = maps, training_only
         self.rows = {name: OutlierRows(capacity) for name in maps}
         self.active = False
-        self._seen: set[str] = set()
+        self._seen: set[int] = set()  # modules whose forward pass was watched outside backward()
         self._handles: list = []
 
     def attach(self) -> None:
         """Hook every module."""
+        # Code that torch.compile made before would go on without the hooks: it does not look for new ones.
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
         for name, twins in self.maps.items():
             for linear in twins:
                 # A pre-hook sees the input as the layer will: under FSDP2 the weight is whole at this moment, under
@@ -80,7 +85,7 @@ class OutlierWatch:
     @torch.no_grad()
     def see(self, name: str, linear: LinearMap, x: Tensor) -> None:
         """Merge the input of one forward pass; the output without bias is computed here."""
-        if not torch.compiler.is_compiling() and self._is_repetition(name):
+        if not torch.compiler.is_compiling() and self._is_repetition(linear.module):
             return
         if is_dtensor(linear.weight):
             seen = whole_activations(name, linear, x)
@@ -91,11 +96,11 @@ class OutlierWatch:
             y = x @ linear.matrix().T
         self.rows[name].update(x, y)
 
-    def _is_repetition(self, name: str) -> bool:
+    def _is_repetition(self, module: nn.Module) -> bool:
         """Whether this is the second forward pass of activation checkpointing, and the first was seen."""
         if torch._C._current_graph_task_id() != -1:  # inside backward(), as torch.utils.checkpoint itself asks
-            return name in self._seen
-        self._seen.add(name)
+            return id(module) in self._seen
+        self._seen.add(id(module))
         return False
 
 

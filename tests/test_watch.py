@@ -404,7 +404,7 @@ def test_a_pickle_holds_nothing_of_the_watch() -> None:
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("part", "reentrant"), [("model", None), ("model", False), ("blocks", False)])
+@pytest.mark.parametrize(("part", "reentrant"), [("model", None), ("model", False), ("blocks", None)])
 def test_a_compiled_model_is_watched_exactly_while_active(part: str, reentrant: bool | None) -> None:
     # With more room than activations, one that was counted twice would show.
     torch._dynamo.reset()
