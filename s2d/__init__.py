@@ -1,6 +1,6 @@
 """S2D: Selective Spectral Decay for quantization-friendly activations (arXiv 2602.14432)."""
 
-from s2d.bound import BoundCheck, check_bound
+from s2d.bound import BoundCheck, SpectralNormBounds, check_bound, spectral_norm_bounds
 from s2d.layers import LinearMap, linear_maps
 from s2d.outliers import (
     ActivationStatistics,
@@ -15,10 +15,8 @@ from s2d.regularizer import SelectiveSpectralDecay, add_spectral_penalty_, penal
 from s2d.spectral import (
     SingularTriplets,
     SolvedTriplets,
-    SpectralNormBounds,
     as_matrix,
     solve_top_triplets,
-    spectral_norm_bounds,
     top_singular_triplets,
 )
 

@@ -157,8 +157,10 @@ def _certificate(gram: Tensor, c: float) -> float | None:
     for start in range(0, n, width):
         # One panel of columns, from the diagonal down: less what the earlier columns of L make of it, it is factored,
         # and what the new columns do not make of it is the residual. The earlier columns lie to the left, in place.
-        panel, left = rest[start:, start : start + width], rest[start:, :start]
-        panel.addmm_(left, left[: panel.shape[1]].T, alpha=-1)
+        panel = rest[start:, start : start + width]
+        if start > 0:
+            left = rest[start:, :start]
+            panel.addmm_(left, left[: panel.shape[1]].T, alpha=-1)
         corner, failed = torch.linalg.cholesky_ex(panel[: panel.shape[1]])
         if failed.item():
             return None
@@ -175,27 +177,36 @@ def _certificate(gram: Tensor, c: float) -> float | None:
 
 def _top_vectors(gram: Tensor, rtol: float) -> Iterator[Tensor]:
     """Better and better approximations of the first eigenvector, each meant to be good enough for ``rtol``."""
-    n = len(gram)
-    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).to(gram.device)
-    if n >= LANCZOS_FROM:
-        yield from _lanczos(gram, start, rtol)
-    elif n >= POWER_FROM:
-        yield _power_vector(gram, start)
+    if len(gram) >= LANCZOS_FROM:
+        yield from _lanczos(gram, rtol)
+    elif len(gram) >= POWER_FROM:
+        yield from _powers(gram)
     yield torch.linalg.eigh(gram)[1][:, -1]
 
 
-def _power_vector(gram: Tensor, vector: Tensor) -> Tensor:
-    """``gram ** (8 * POWER_STEPS) @ vector``, up to its length, which cannot underflow in a matrix this small."""
-    power = torch.linalg.matrix_power(gram, 8)
+def _random_vector(like: Tensor) -> Tensor:
+    return torch.randn(len(like), generator=torch.Generator().manual_seed(0), dtype=like.dtype).to(like.device)
+
+
+def _powers(gram: Tensor) -> Iterator[Tensor]:
+    """Powers of the Gram matrix times a random vector: in float32, since nothing is claimed of it.
+
+    In a matrix this small the first eigenvalue is at least a ninth of the Frobenius norm: nothing can underflow.
+    """
+    power = torch.linalg.matrix_power((gram / torch.linalg.vector_norm(gram)).float(), 8)
     power /= torch.linalg.vector_norm(power)
-    for _ in range(POWER_STEPS):
-        vector = power @ vector
-    return vector
+    vector = _random_vector(power)
+    for _ in range(3):
+        for _ in range(POWER_STEPS):
+            vector = power @ vector
+        yield vector.double()
+        vector = vector / vector.abs().max()
 
 
-def _lanczos(gram: Tensor, start: Tensor, rtol: float) -> Iterator[Tensor]:
+def _lanczos(gram: Tensor, rtol: float) -> Iterator[Tensor]:
     """First Ritz vectors: no reorthogonalisation, because a loss of orthogonality only repeats converged ones."""
-    q = start / torch.linalg.vector_norm(start)
+    q = _random_vector(gram)
+    q /= torch.linalg.vector_norm(q)
     basis, diagonal, off_diagonal = [q], [], []
     last = min(len(gram), LANCZOS_STEPS)
     next_look = 12

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 FULL_SVD_BELOW = 128  # with fewer rows or columns than this a full SVD costs milliseconds
-KRYLOV_DEPTHS = (3, 8)  # blocks in the Krylov space when convergence is looked at; after the last one it restarts
+KRYLOV_DEPTHS = (3, 4, 8)  # blocks in the Krylov space when convergence is looked at; after the last one it restarts
 BATCH_ENTRIES = 2**26  # matrices solved side by side on an accelerator hold at most so many entries
 SAFE_RANGE = (2.0**-40, 2.0**40)  # largest entries whose products and squares stay inside the range of float32
 
@@ -109,7 +109,7 @@ def top_singular_triplets(
         weight: ``(out_features, in_features)``, any floating dtype; half precision is computed in float32.
         k: how many, ``1 <= k <= min(weight.shape)``.
         warm_start: an earlier result for a similar weight; saves products, never changes what is converged to.
-        tol: largest residual relative to ``s_1``, dimensionless.
+        tol: largest residual relative to ``s_1``, dimensionless; in float32 not below 3e-6.
         max_products: block products before the full SVD answers instead.
         oversample: how many columns more than k the block has, at least.
 
@@ -149,13 +149,14 @@ def solve_top_triplets(
 
     * each of its k residuals is small, :math:`\|W^\top u_r - s_r v_r\|_2 \le \text{tol} \cdot s_1`, and
     * no other component can be among the k largest as far as the space knows: the next one has
-      :math:`s_{k+1} + \text{residual} \le s_k`, or has converged as well.
+      :math:`s_{k+1} + 2\,\text{residual} \le s_k`, or has converged as well.
 
     **What is guaranteed.** The triplets satisfy :math:`W v_r = s_r u_r` and, with the residuals as the columns of R,
     :math:`u_i^\top W v_j = s_i \delta_{ij}`; so they are exact singular triplets of :math:`W - U R^\top`. By Weyl's
     inequality k singular values of W, each of its own, lie within :math:`\|R\|_2 \le \|R\|_F` of ``s``; that is
     ``error``. And :math:`s_r \le \sigma_r(W)` by interlacing, so a value is never overestimated. (Both up to the
-    rounding of the products, about 1e-6 of s_1 in float32.) That the k values are the *largest* k rests on the random
+    rounding of the products, about 1e-6 of s_1 in float32, where a tol below 3e-6 may never be met. For a wide weight
+    u and v change their parts.) That the k values are the *largest* k rests on the random
     vectors in the block, which come from a fixed seed: the result is deterministic.
 
     A layer that has not converged after ``max_products`` is answered by the full SVD, as is any weight with fewer than
@@ -217,13 +218,24 @@ def _check(weight: Tensor, k: int, start: SingularTriplets | None) -> None:
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
     """Neither autocast nor TF32: with three digits in the products no residual would become small."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Since torch 2.9 each backend has its own switch, and asking the old, common one fails once these were used.
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    switches = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    before = [switch.fp32_precision for switch in switches] if switches else torch.get_float32_matmul_precision()
     try:
+        if switches:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if switches:
+            for switch, precision in zip(switches, before, strict=True):
+                switch.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision(before)
 
 
 def _solve(
@@ -243,31 +255,33 @@ def _solve(
     scaled = [_times_power_of_two(a, -e) if e else a for a, e in zip(matrices, exponents, strict=True)]
     wide = scaled[0].shape[0] < scaled[0].shape[1]
     tall = [a.T if wide else a for a in scaled]  # the basis then lives in the smaller of the two spaces
-    start = _starting_block(tall, [None if s is None else (s.u if wide else s.v) for s in starts], block)
-    found = _block_krylov(tall, start, k, tol, max_products)
+    start = _starting_block(tall, [None if s is None else (s.u if wide else s.v)[:, :k] for s in starts], block)
+    found, products = _block_krylov(tall, start, k, tol, max_products)
     solved = []
     for matrix, exponent, size, solution in zip(matrices, exponents, largest, found, strict=True):
         if size == 0 or solution is None:
-            solved.append(SolvedTriplets(_full_svd(matrix, k), 0.0, max_products if size else 0, size > 0))
+            solved.append(SolvedTriplets(_full_svd(matrix, k), 0.0, products if size else 0, size > 0))
             continue
-        (u, s, v), error, products, _ = solution
+        (u, s, v), error, taken, _ = solution
         triplets = SingularTriplets(v, s, u) if wide else SingularTriplets(u, s, v)
         s, error = _times_power_of_two(triplets.s, exponent), math.ldexp(error, exponent)
-        solved.append(SolvedTriplets(triplets._replace(s=s), error, products, False))
+        solved.append(SolvedTriplets(triplets._replace(s=s), error, taken, False))
     return solved
 
 
 def _starting_block(tall: list[Tensor], warm: list[Tensor | None], block: int) -> Tensor:
     """Orthonormal rows ``(weights, block, n)``: the warm vectors, then random ones from a fixed seed."""
-    a = tall[0]
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(block, a.shape[1], generator=generator, dtype=a.dtype).to(a.device)
-    start = random.repeat(len(tall), 1, 1)
+    start = _random_block(tall[0], block, seed=0).repeat(len(tall), 1, 1)
     for index, vectors in enumerate(warm):
+        vectors = None if vectors is None else vectors.T.to(start)
         if vectors is not None and torch.isfinite(vectors).all():
-            kept = min(block // 2, vectors.shape[1])  # room for random vectors, whatever k was
-            start[index, :kept] = vectors[:, :kept].T.to(a)
+            start[index, : len(vectors)] = vectors
     return _orthonormal_rows(start)
+
+
+def _random_block(a: Tensor, block: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)  # its own, so that the caller's random state stays as it is
+    return torch.randn(block, a.shape[1], generator=generator, dtype=a.dtype).to(a.device)
 
 
 def _orthonormal_rows(block: Tensor) -> Tensor:
@@ -276,8 +290,8 @@ def _orthonormal_rows(block: Tensor) -> Tensor:
 
 def _block_krylov(
     tall: list[Tensor], start: Tensor, k: int, tol: float, max_products: int
-) -> list[SolvedTriplets | None]:
-    """The solutions for matrices with m >= n, None where ``max_products`` did not suffice.
+) -> tuple[list[SolvedTriplets | None], int]:
+    """The solutions for matrices with m >= n, None where ``max_products`` did not suffice; and the products taken.
 
     Blocks are stored with their vectors as rows, ``(weights, vectors, length)``: a product then reads both factors
     along their memory, which is two to four times faster on a CPU than the textbook orientation.
@@ -285,11 +299,16 @@ def _block_krylov(
     found: list[SolvedTriplets | None] = [None] * len(tall)
     active = list(range(len(tall)))
     basis, products = start, 0
+    noise = _random_block(tall[0], start.shape[1], seed=1)
     while active:
         images = _multiply(tall, active, basis)
         products += 1
         for depth in range(2, KRYLOV_DEPTHS[-1] + 1):
             new = _multiply(tall, active, images[:, -start.shape[1] :], adjoint=True)
+            # Where the space is exhausted (rank one, dead inputs) rounding is left, or exact zeros, and neither need be
+            # independent of the basis; a random direction of the size of rounding is.
+            size = torch.finfo(new.dtype).eps * new.abs().amax((1, 2), keepdim=True)
+            new = new + size.clamp(min=torch.finfo(new.dtype).tiny) * noise.roll(depth, -1)
             for _ in range(2):  # twice is enough: once leaves the rounding of what was subtracted
                 new = _orthonormal_rows(new - (new @ basis.mT) @ basis)
             basis = torch.cat([basis, new], dim=1)
@@ -308,9 +327,9 @@ def _block_krylov(
                 basis, images, right = basis[rest], images[rest], right[rest]
             active = [active[row] for row in rest]
             if not active or products >= max_products:
-                return found
+                return found, products
         basis = right[:, : start.shape[1]]
-    return found
+    return found, products
 
 
 def _multiply(tall: list[Tensor], active: list[int], block: Tensor, *, adjoint: bool = False) -> Tensor:
@@ -335,7 +354,8 @@ def _converged(
     residual = _multiply(tall, active, left[:, : k + 1], adjoint=True) - right[:, : k + 1] * s[:, : k + 1, None]
     size = torch.linalg.vector_norm(residual, dim=2)
     limit = tol * s[:, 0]
-    next_is_out = (s[:, k] + size[:, k] <= s[:, k - 1]) | (size[:, k] <= limit)
+    # Twice the residual, because beside this Ritz vector others may hide that are found as slowly.
+    next_is_out = (s[:, k] + 2 * size[:, k] <= s[:, k - 1]) | (size[:, k] <= limit)
     done = (size[:, :k] <= limit[:, None]).all(1) & next_is_out
     error = torch.linalg.vector_norm(size[:, :k], dim=1)
     return {row: e for row, (ok, e) in enumerate(zip(done.tolist(), error.tolist(), strict=True)) if ok}
@@ -355,121 +375,3 @@ def _times_power_of_two(x: Tensor, exponent: int) -> Tensor:
     """``x * 2**exponent`` in two exact steps, because 2**exponent alone may be out of range."""
     half = exponent // 2
     return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)
-
-
-class SpectralNormBounds(NamedTuple):
-    """``lower <= s_1 <= upper``, as Python floats."""
-
-    lower: float
-    upper: float
-
-
-def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormBounds:
-    r"""A guaranteed enclosure of the spectral norm, floating-point rounding included.
-
-    Power iteration alone bounds :math:`s_1` from below, and a check of Theorem 1 against such a value can report
-    violations that are not there. Here the upper end is certified by a Cholesky factorisation.
-
-    **Lower.** For any vector, :math:`\|Av\| / \|v\| \le s_1`. A computed product satisfies
-    :math:`\|\mathrm{fl}(Av) - Av\| \le \gamma_n \|A\|_F \|v\|` with :math:`\gamma_n = nu/(1-nu)`, and this is
-    subtracted.
-
-    **Upper.** Let :math:`\hat G` be the computed :math:`A^T A`, so :math:`\|\hat G - A^T A\|_2 \le \gamma_m \|A\|_F^2`.
-    If the Cholesky factorisation of :math:`\hat M = \mathrm{fl}(cI - \hat G)` runs to completion, its factor satisfies
-    :math:`R^T R = \hat M + \Delta` with :math:`|\Delta| \le \gamma_{n+1} |R|^T |R|` (Higham 2002, theorem 10.3), hence
-    :math:`\lambda_{\min}(\hat M) \ge -\frac{\gamma_{n+1}}{1-\gamma_{n+1}} \mathrm{tr}(\hat M)` (Rump 2006), and
-
-    .. math:: s_1^2 \le c + u c + \tfrac{\gamma_{n+1}}{1-\gamma_{n+1}} n c + \gamma_m \|A\|_F^2 .
-
-    The candidate :math:`c` comes from block subspace iteration; if the factorisation fails, the iteration goes on and
-    the margin doubles, and :math:`c = \|A\|_F^2` always succeeds. All is computed in float64 on the matrix scaled by a
-    power of two, which is exact, so nothing overflows and underflow is below the terms added for it.
-
-    Args:
-        weight: ``(out_features, in_features)``, any floating dtype.
-        rtol: wanted relative width ``upper / lower - 1`` (the enclosure is valid whether or not it is reached).
-
-    Returns:
-        ``(lower, upper)``; ``(0.0, 0.0)`` for a zero matrix.
-
-    Raises:
-        TypeError, ValueError: see :func:`as_matrix`; ValueError unless ``1e-6 <= rtol < 1``.
-
-    Example:
-        >>> lower, upper = spectral_norm_bounds(torch.diag(torch.tensor([3.0, 4.0])))
-        >>> lower <= 4.0 <= upper < 4.01
-        True
-
-    Paper: Theorem 1 (A.1). Cost: one Gram matrix and one Cholesky factorisation of the smaller side, in float64.
-    """
-    if not 1e-6 <= rtol < 1:
-        raise ValueError(f"rtol is {rtol}: choose between 1e-6 and 1")
-    matrix = as_matrix(weight)
-    if matrix.device.type == "mps":  # no float64 there
-        matrix = matrix.cpu()
-    matrix = matrix.double()
-    largest = matrix.abs().max().item()
-    if largest == 0.0:
-        return SpectralNormBounds(0.0, 0.0)
-    _, exponent = math.frexp(largest)
-    a = _times_power_of_two(matrix, -exponent)
-    a = a if a.shape[0] >= a.shape[1] else a.T
-    lower, upper = _scaled_bounds(a, rtol)
-    return SpectralNormBounds(_scale(lower, exponent, down=True), _scale(upper, exponent, down=False))
-
-
-def _gamma(k: int) -> float:
-    """Higham's gamma_k for float64, with room for the rounding of this very expression."""
-    return 1.01 * k * 2.0**-53 / (1.0 - 1.01 * k * 2.0**-53)
-
-
-def _scaled_bounds(a: Tensor, rtol: float) -> tuple[float, float]:
-    """The enclosure for a float64 matrix with m >= n and entries of magnitude at most 1."""
-    m, n = a.shape
-    up = 1.0 + 2.0**-40  # more than the handful of scalar roundings in each expression below
-    frobenius_sq = a.square().sum().item() * (1 + _gamma(m * n)) * up
-    gram = a.T @ a
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(n, min(n, 8), generator=generator, dtype=a.dtype).to(a.device)
-    iterations, margin = 8, 1.4 * rtol
-    while True:
-        ritz, block = _subspace_iteration(gram, block, iterations)
-        c = min(ritz * (1 + margin), frobenius_sq)
-        shifted = -gram
-        shifted.diagonal().add_(c)
-        _, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed or c >= frobenius_sq:
-            break
-        # First iterate more; a margin that still fails at 128 iterations widens until the Frobenius norm is reached.
-        iterations, margin = min(2 * iterations, 128), margin * 2 if iterations >= 64 else margin
-    if failed:  # nothing smaller was certified: the Frobenius norm needs no certificate
-        upper_sq = frobenius_sq
-    else:
-        slack = _gamma(n + 1) / (1 - _gamma(n + 1)) * n * c + 2.0**-53 * c + _gamma(m) * frobenius_sq
-        upper_sq = min((c + slack) * up + m * 2.0**-1000, frobenius_sq)
-    top = block[:, 0]
-    length = torch.linalg.vector_norm(top).item() * (1 + _gamma(n)) * up
-    image = torch.linalg.vector_norm(a @ top).item() * (1 - _gamma(m)) / up
-    error = _gamma(n) * math.sqrt(frobenius_sq) * length * up + m * 2.0**-1000
-    # No column is longer than s_1 either, and that needs no iteration; it keeps the lower end useful in every case.
-    column = math.sqrt(a.square().sum(0).max().item()) * (1 - _gamma(m)) / up
-    return max(0.0, (image - error) / length / up, column), math.sqrt(upper_sq) * up
-
-
-def _subspace_iteration(gram: Tensor, block: Tensor, iterations: int) -> tuple[float, Tensor]:
-    """Largest Ritz value of a positive semidefinite matrix, and the block rotated so that its column is first."""
-    for _ in range(iterations):
-        block, _ = torch.linalg.qr(gram @ block)
-    values, vectors = torch.linalg.eigh(block.T @ gram @ block)
-    return max(values[-1].item(), 0.0), (block @ vectors).flip(-1)
-
-
-def _scale(value: float, exponent: int, *, down: bool) -> float:
-    """``value * 2**exponent``, rounded outwards where it leaves the range of normal numbers."""
-    try:
-        scaled = math.ldexp(value, exponent)
-    except OverflowError:
-        return math.nextafter(math.inf, 0.0) if down else math.inf
-    if math.ldexp(scaled, -exponent) == value:
-        return scaled
-    return max(0.0, math.nextafter(scaled, -math.inf)) if down else math.nextafter(scaled, math.inf)
