@@ -137,6 +137,8 @@ def _scaled_bounds(a: Tensor, rtol: float) -> tuple[float, float]:
     for vector in _top_vectors(gram, rtol):
         image = torch.linalg.vector_norm(a @ vector).item() * (1 - _gamma(m))
         length = torch.linalg.vector_norm(vector).item() * (1 + _gamma(n))
+        if not 0 < length < math.inf:  # a power that underflowed says nothing; the next candidate will
+            continue
         lower = max(lower, (image / length - _gamma(n) * math.sqrt(frobenius_sq)) / UP)
         c = (1 + 1.9 * rtol) * lower**2
         if c >= frobenius_sq:
@@ -191,7 +193,7 @@ def _random_vector(like: Tensor) -> Tensor:
 def _powers(gram: Tensor) -> Iterator[Tensor]:
     """Powers of the Gram matrix times a random vector: in float32, since nothing is claimed of it.
 
-    In a matrix this small the first eigenvalue is at least a ninth of the Frobenius norm: nothing can underflow.
+    In a matrix this small the first eigenvalue is at least a ninth of the Frobenius norm: only float16 (autocast) underflows.
     """
     power = torch.linalg.matrix_power((gram / torch.linalg.vector_norm(gram)).float(), 8)
     power /= torch.linalg.vector_norm(power)

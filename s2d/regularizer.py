@@ -389,20 +389,20 @@ class SelectiveSpectralDecay:
             rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         for watched, s in zip(chosen, values, strict=True):
             weight = watched.linear.weight
-            # The gradient may have to be summed over ranks first, in which those with an empty block take part.
-            target = distributed.gradient(weight) if self.coupling == "gradient" else weight
-            block, u, v = watched.local_factors()
-            if block.empty:
-                continue
-            triplets, target = SingularTriplets(u, s, v), block.view(distributed.local(target))
             if self.coupling == "gradient":
-                add_spectral_penalty_(target, triplets, s**self.power, scale=self.lam * grad_scale)
+                # It may have to be summed over ranks first, in which those with an empty block take part.
+                target = distributed.gradient(weight)
+                coefficients, scale = s**self.power, self.lam * grad_scale
             else:
                 # More than the whole component would turn its sign and start it growing again.
                 left = s if self.coefficients == "live" else s - watched.spent[: watched.rank]
-                decay = (rates[id(weight)] * self.lam * s**self.power).minimum(left)
-                watched.spent[: watched.rank] += decay
-                add_spectral_penalty_(target, triplets, decay, scale=-1.0)
+                coefficients = (rates[id(weight)] * self.lam * s**self.power).minimum(left)
+                watched.spent[: watched.rank] += coefficients
+                target, scale = weight, -1.0
+            block, u, v = watched.local_factors()
+            if not block.empty:
+                part = block.view(distributed.local(target))
+                add_spectral_penalty_(part, SingularTriplets(u, s, v), coefficients, scale=scale)
 
     @staticmethod
     def _live_values(chosen: list[_WatchedLayer]) -> list[Tensor]:

@@ -286,11 +286,12 @@ def test_permuted_diagonal_matrices(entries: list[int], exponent: int, random) -
     assert lower <= truth <= upper <= truth * 1.001
 
 
-def test_the_enclosure_under_autocast() -> None:
-    weight = gaussian(60, 50).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert spectral_norm_bounds(weight) == spectral_norm_bounds(weight.clone())
-        check_enclosure(weight)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [10, 50, 70, 100])
+def test_the_enclosure_under_autocast(size: int, dtype: torch.dtype) -> None:
+    for weight in (gaussian(size + 10, size), planted(size + 10, size, spectrum("flat", size))):
+        with torch.autocast("cpu", dtype):
+            check_enclosure(weight.float())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
