@@ -193,7 +193,7 @@ def _random_vector(like: Tensor) -> Tensor:
 def _powers(gram: Tensor) -> Iterator[Tensor]:
     """Powers of the Gram matrix times a random vector: in float32, since nothing is claimed of it.
 
-    In a matrix this small the first eigenvalue is at least a ninth of the Frobenius norm: only float16 (autocast) underflows.
+    The first eigenvalue of a matrix this small is at least a ninth of the Frobenius norm: float32 does not underflow.
     """
     power = torch.linalg.matrix_power((gram / torch.linalg.vector_norm(gram)).float(), 8)
     power /= torch.linalg.vector_norm(power)

@@ -11,10 +11,12 @@ The literal transcription, with dense penalty matrices and full SVDs, is :class:
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from numbers import Real
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -246,7 +248,7 @@ class SelectiveSpectralDecay:
         self._watched = {name: _WatchedLayer(linear) for name, linear in maps.items()}
         self._watch = OutlierWatch({name: modules_sharing(model, linear) for name, linear in maps.items()}, outliers)
         self._warned = False
-        self._stepping: set[int] = set()
+        self._stepping: dict[int, FrameType] = {}  # the call of step() that is under way, by optimizer
         self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list[Any] = []
 
@@ -331,16 +333,12 @@ class SelectiveSpectralDecay:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The optimizer's hook: Algorithm 1, lines 6 to 20, between ``backward()`` and the update."""
-        if id(optimizer) in self._stepping:  # a step that calls its base class's step runs the hooks again
+        if self._is_nested(optimizer):  # a step that calls its base class's step runs the hooks again
             return None
-        self._stepping.add(id(optimizer))
+        self._stepping[id(optimizer)] = sys._getframe(1)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            try:
-                self._step(optimizer, first=True)
-            except BaseException:  # torch runs no post-hook then
-                self._stepping.discard(id(optimizer))
-                raise
+            self._step(optimizer, first=True)
             return None
         calls = 0
 
@@ -348,8 +346,10 @@ class SelectiveSpectralDecay:
             nonlocal calls
             watching = self._watch.active
             self._watch.active = watching and calls == 0  # later calls are no forward pass of the next step
-            loss = closure()  # computes the gradient anew, so the penalty has to follow it
-            self._watch.active = watching
+            try:
+                loss = closure()  # computes the gradient anew, so the penalty has to follow it
+            finally:
+                self._watch.active = watching
             self._step(optimizer, first=calls == 0)
             calls += 1
             return loss
@@ -357,7 +357,16 @@ class SelectiveSpectralDecay:
         return args[:1], {**kwargs, "closure": closure_with_penalty}
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._stepping.discard(id(optimizer))
+        self._stepping.pop(id(optimizer), None)
+
+    def _is_nested(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of this optimizer is under way that we know of; one that raised is no longer on the stack."""
+        outer, frame = self._stepping.get(id(optimizer)), sys._getframe()
+        while outer is not None and frame is not None:
+            if frame is outer:
+                return True
+            frame = frame.f_back
+        return False
 
     @torch.no_grad()
     def _step(self, optimizer: torch.optim.Optimizer, *, first: bool) -> None:
@@ -441,6 +450,8 @@ class SelectiveSpectralDecay:
                 self._gather_outliers(chosen, group)
             found, error = self._solve(chosen, group)
             distributed.raise_together(error, group)
+            if self.criterion == "activation":
+                self._check_seen(chosen)
             self._share(chosen, found, group)
             for name in self._watched.keys() - chosen.keys():
                 self._watched[name].rank = 0
@@ -455,12 +466,15 @@ class SelectiveSpectralDecay:
         rows = [(self._watch.rows[name], watched.linear.shape[1]) for name, watched in chosen.items()]
         if group is not None:
             distributed.merge_outliers(rows, self._device(), group)
-        if not any(len(outliers) for outliers, _ in rows):
+
+    def _check_seen(self, chosen: dict[str, _WatchedLayer]) -> None:
+        """Whether the activation criterion had something to look at, in all layers or at least in one."""
+        unseen = [name for name in chosen if not len(self._watch.rows[name])]
+        if unseen and len(unseen) == len(chosen):
             raise RuntimeError(
                 "criterion='activation' needs the forward pass of this training step, and saw none with gradients "
-                "enabled: call attach() before the forward pass, or use criterion='spectral'"
+                "enabled and finite activations: call attach() before the forward pass, or use criterion='spectral'"
             )
-        unseen = [name for name in chosen if not len(self._watch.rows[name])]
         if unseen and not self._warned:
             self._warned = True
             warnings.warn(

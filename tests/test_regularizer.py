@@ -937,6 +937,29 @@ def test_a_layer_that_took_no_part_is_left_alone() -> None:
     assert torch.equal(model.unused.weight, before)
 
 
+def test_a_layer_whose_weight_another_module_reads_is_named_once(recwarn: pytest.WarningsRecorder) -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.called(x), self.read.weight)
+
+    model = Reading().double()
+    optimizer = sgd(model)
+    decay = attached(model, optimizer, tau=1e-6, k_max=1, refresh_every=1)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(gaussian(3, 4, seed=step)).sum().backward()
+        grad = model.read.weight.grad.clone()
+        optimizer.step()
+        assert torch.equal(model.read.weight.grad, grad)
+    assert {row["layer"]: row["rank"] for row in decay.report()} == {"called": 1, "read": 0}
+    (message,) = [str(warning.message) for warning in recwarn if "never called" in str(warning.message)]
+    assert "1 of 2 layers" in message and "(read)" in message
+
+
 # --- life in a training loop ------------------------------------------------------------------------------------------
 
 
@@ -1376,6 +1399,50 @@ def test_an_optimizer_that_calls_the_step_of_its_base_class(with_closure: bool) 
             optimizer.step()
     assert decay.steps == 4
     assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("what", ["closure", "second closure", "optimizer", "refresh"])
+@pytest.mark.parametrize("attach_again", [False, True])
+def test_training_goes_on_after_a_step_that_raised(what: str, attach_again: bool) -> None:
+    # As when someone interrupts a notebook, repairs something, and runs the loop again.
+    model = network()
+    start = [weight.detach().clone() for weight in weights(model)]
+    optimizer = Twice(model.parameters()) if what == "second closure" else sgd(model, lr=0.0)
+    decay = attached(model, optimizer, lam=0.3, tau=0.3, k_max=2, refresh_every=1, outliers=5)
+    calls = 0
+
+    def closure() -> None:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        backward(model)
+        for parameter in model.parameters():
+            parameter.grad.zero_()
+        if what == "closure" or (what == "second closure" and calls == 2):
+            raise KeyboardInterrupt
+
+    def interrupt(*_args) -> None:
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(interrupt) if what == "optimizer" else None
+    if what == "refresh":
+        model[0].weight.data[0, 0] = math.nan
+    with pytest.raises((KeyboardInterrupt, ValueError, RuntimeError)):
+        optimizer.step(closure)
+    if handle is not None:
+        handle.remove()
+    if attach_again:
+        decay.detach()
+        decay.attach(optimizer)
+    what = "nothing"
+    model[0].weight.data = start[0].clone()
+    for _ in range(2):
+        steps = decay.steps
+        optimizer.step(closure)
+        assert decay.steps == steps + 1
+        for weight, first, rank in zip(weights(model), start, ranks(decay), strict=True):
+            assert rank > 0
+            torch.testing.assert_close(weight.grad, 0.3 * penalty_matrix_literal(first, rank, 2), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.skipif("Muon" not in OPTIMIZERS, reason="this torch has no Muon")
@@ -1935,7 +2002,10 @@ FOREIGN = {
     "another k_max": (state_of(network(), k_max=1), "k_max=2 here"),
     "no steps": (without(STATE, "steps"), "steps"),
     "nothing": ({}, "another model"),
-    **{f"no {field}": (without(STATE, f"4.{field}"), "layer 4") for field in ("u", "s", "v", "pcdr", "rank")},
+    **{
+        f"no {field}": (without(STATE, f"4.{field}"), "layer 4")
+        for field in ("u", "s", "v", "pcdr", "info", "spent", "rank")
+    },
     "triplets without rank": (without(STATE, "0.rank", "4.rank"), "layer [04]"),
 }
 
@@ -2071,13 +2141,18 @@ def test_a_step_without_a_forward_pass_to_look_at_is_refused(forward: str) -> No
 
 
 @CRITERIA
-def test_a_weight_that_is_not_finite_is_named(criterion: str) -> None:
+@pytest.mark.parametrize("when", ["before the forward pass", "after it"])
+def test_a_weight_that_is_not_finite_is_named(criterion: str, when: str) -> None:
     model = network()
     optimizer = sgd(model)
     attached(model, optimizer, criterion=criterion)
-    backward(model)
-    model[2].weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="layers? 2: weight holds 1 NaN or infinite"):
+    if when == "before the forward pass":
+        model[0].weight.data.fill_(math.nan)
+        backward(model)
+    else:
+        backward(model)
+        model[0].weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="layers? 0: weight holds 60 NaN or infinite"):
         optimizer.step()
 
 
