@@ -69,7 +69,7 @@ build/refresh/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
 	@touch $@
 
 bench: $(VENV)/installed ## side-by-side timings
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 lint: $(VENV)/installed ## ruff on code and notebooks, and the static notebook check
 	$(VENV)/bin/ruff check .
