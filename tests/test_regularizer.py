@@ -476,7 +476,7 @@ def test_the_penalty_shrinks_what_it_is_aimed_at() -> None:
 def test_above_the_full_svd_threshold_the_penalty_is_right_to_a_thousandth() -> None:
     u, v = torch.linalg.qr(gaussian(200, 150))[0], torch.linalg.qr(gaussian(150, 150, seed=1))[0]
     for dtype in (torch.float32, F64):
-        layer = one_layer(((u * 0.8 ** torch.arange(150)) @ v.T).to(dtype))
+        layer = one_layer(((u * 0.97 ** torch.arange(150)) @ v.T).to(dtype))
         optimizer = sgd(layer, lr=0.0)
         decay = attached(layer, optimizer, lam=1.0, criterion="all", refresh_every=1)
         for step in range(3):
@@ -1857,7 +1857,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, coupling: str, coefficie
     how = {"coupling": coupling, "coefficients": coefficients, "criterion": criterion, "refresh_every": 4}
     stored = {}
     whole = resumable(0, kind, **how)
-    for step in range(13):
+    for step in range(11):
         stored[step] = [through_torch_save(part.state_dict()) for part in whole[:2]]
         stored[step].append(through_safetensors(whole[2].state_dict()))
         train(*whole[:2], [step])
@@ -1867,7 +1867,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, coupling: str, coefficie
         for part, state in zip(resumed, stored[stop], strict=True):
             part.load_state_dict(state)
         assert resumed[2].steps == stop
-        train(*resumed[:2], range(stop, 13))
+        train(*resumed[:2], range(stop, 11))  # not to a refresh, so that all of the state is still in use
         assert same(resumed[0], snapshot(whole[0]))
         assert same_state(resumed[2], whole[2].state_dict())
 

@@ -346,6 +346,16 @@ def test_checkpointing_changes_nothing(reentrant: bool, passes: int) -> None:
         torch.testing.assert_close(rows.x, seen[1][name].x)
 
 
+def test_a_start_forgets_which_modules_were_not_recomputed() -> None:
+    model = seeded(Deep(None))
+    watch = watching(model, capacity=1000)
+    model(gaussian(5, 4)).sum().backward()
+    model.reentrant = True
+    watch.start()
+    model(gaussian(5, 4, seed=1).requires_grad_()).sum().backward()
+    check(watch, "blocks.0.0", model.blocks[0][0].weight, [gaussian(5, 4, seed=1)], 20)
+
+
 def test_checkpointing_after_the_rows_were_cleared() -> None:
     model = seeded(Deep(False))
     watch = watching(model, capacity=1000)
