@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import Block
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,15 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SETTINGS = {"lam": 0.05, "tau": 0.5, "k_max": 2, "refresh_every": 4}
 CLIP, ACCUMULATE, BATCH, RATE = 0.05, 2, 4, 0.01
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(torch.tanh(self.fc1(x)))
 
 
 class Network(nn.Module):
