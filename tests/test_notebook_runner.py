@@ -222,7 +222,7 @@ def test_interrupted_run_stops_its_kernel(tmp_path):
     for number, process in runs.items():
         kernel = int(process.stdout.readline().split()[1])  # what a cell prints comes through while it runs
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=120)  # a busy machine takes its time
         assert process.returncode == 130
         assert stderr.splitlines()[-1].startswith("interrupted: [tiny] cell 2/3: KeyboardInterrupt")
         assert [kept.name for kept in (tmp_path / number.name).iterdir()] == ["tiny.failed.ipynb"]

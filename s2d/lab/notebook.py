@@ -25,6 +25,7 @@ import ast
 import copy
 import difflib
 import json
+import logging
 import os
 import re
 import shutil
@@ -495,12 +496,18 @@ def _execute(notebook: Any, source: Path, parameters: dict[str, object], timeout
         except KeyboardInterrupt:
             watch.interrupted = True
             watch.fail("KeyboardInterrupt", "the runner was interrupted")
+            # nbclient's interrupted task may still see the kernel go, and nobody awaits it: a traceback after our line.
+            logging.getLogger("asyncio").addFilter(_not_dead_kernel)
         except Exception as error:  # whatever papermill, nbclient or the kernel raised, the run has failed
             watch.fail(type(error).__name__, (str(error).strip().splitlines() or [""])[0])
         if watch.failure is None and not (marker.is_file() and watch.position == watch.total):
             watch.fail("Incomplete", "stopped before its last cell: complete() was not reached")
     _tidy(watch.notebook)
     return watch
+
+
+def _not_dead_kernel(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and getattr(record.exc_info[0], "__name__", "") == "DeadKernelError")
 
 
 def _run_to(source: Path, notebook: Any, output: Path, parameters: dict[str, object], timeout: int | None) -> None:
