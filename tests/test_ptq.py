@@ -1,4 +1,4 @@
-"""Quantizers against brute force and torch's own fake quantization; quantized copies against formulas by hand."""
+"""``quantize`` and round-to-nearest: against formulas by hand, on every kind of model, with every kind of bad input."""
 
 from __future__ import annotations
 
@@ -8,34 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from s2d.ptq import METHODS, parse_bits, quantize
-from s2d.ptq.prepare import QuantizedLinear, calibrate_inputs, mode, prepare, quantized_layers
-from s2d.ptq.quantizers import AffineQuantizer, Quantizer, check_bits
-from s2d.ptq.rtn import rtn
+from s2d.ptq import METHODS, coverage, quantize
+from s2d.ptq.sites import QuantizedLinear, mode, products, quantized_layers
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
-GRANULARITIES = ("per_tensor", "per_channel", "per_token")
 
 
-def data(*shape: int, seed: int = 0, offset: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) + offset).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def calibrated(x: Tensor, n_bits: int, **options) -> AffineQuantizer:
-    quantizer = AffineQuantizer(n_bits, **options)
-    quantizer.observe(x)
-    quantizer.freeze()
-    return quantizer
-
-
-def grid_by_hand(x: Tensor, n_bits: int, symmetric: bool, granularity: str) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Scale and zero point (broadcastable to ``x``) and the code range, from the definition, in float64."""
-    values = x.double().numpy()
+def grid_by_hand(values: np.ndarray, n_bits: int, symmetric: bool, granularity: str) -> tuple[np.ndarray, ...]:
+    """Scale and zero point (broadcastable to ``values``) and the code range, from the definition, in float64."""
     axes = {"per_tensor": None, "per_channel": tuple(range(1, values.ndim)), "per_token": -1}[granularity]
     low = np.minimum(values.min(axis=axes, keepdims=True), 0)
     high = np.maximum(values.max(axis=axes, keepdims=True), 0)
@@ -45,323 +32,6 @@ def grid_by_hand(x: Tensor, n_bits: int, symmetric: bool, granularity: str) -> t
     q_max = 2**n_bits - 1
     scale = (high - low) / q_max
     return scale, np.round(-low / scale), 0, q_max
-
-
-# --- bits ---
-
-
-@pytest.mark.parametrize("n_bits", [2, 3, 8, 16, 32])
-def test_check_bits_gives_the_number_back(n_bits: int) -> None:
-    assert check_bits(n_bits) == n_bits
-
-
-@pytest.mark.parametrize("n_bits", [0, 1, 9, 15, 17, 33, -4, True, False, 4.0, "4", None])
-def test_check_bits_names_the_argument_and_the_value(n_bits) -> None:
-    with pytest.raises(ValueError, match=rf"^a_bits is {n_bits!r}: choose 2 to 8"):
-        check_bits(n_bits, "a_bits")
-
-
-@pytest.mark.parametrize("n_bits", [1, 9, True, "4", 16, 32])
-def test_a_quantizer_takes_2_to_8_bits(n_bits) -> None:
-    with pytest.raises(ValueError, match="n_bits is"):
-        AffineQuantizer(n_bits)
-
-
-def test_unknown_granularity() -> None:
-    with pytest.raises(ValueError, match="granularity is 'per_row': choose one of per_tensor, per_channel, per_token"):
-        AffineQuantizer(4, granularity="per_row")
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("W4A4", (4, 4)), ("W2A8", (2, 8)), ("W8A16", (8, 16)), ("W32A32", (32, 32)), ("FP", (32, 32))],
-)
-def test_parse_bits(name: str, expected: tuple[int, int]) -> None:
-    assert parse_bits(name) == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["", "W", "W4", "A4", "4A4", "W4A", "WA4", "w4a4", "W4A4 ", " W4A4", "WW4A4", "W4A4A4", "W-4A4", "W4.0A4"]
-    + ["fp", "FP16", "W\N{SUPERSCRIPT TWO}A4", "W\N{ARABIC-INDIC DIGIT FOUR}A4", "W4A4\n"]
-)  # fmt: skip
-def test_parse_bits_refuses_other_forms(name: str) -> None:
-    with pytest.raises(ValueError, match="is not of the form W4A4"):
-        parse_bits(name)
-
-
-@pytest.mark.parametrize(("name", "side"), [("W1A4", "w_bits is 1"), ("W4A9", "a_bits is 9"), ("W0A0", "w_bits is 0")])
-def test_parse_bits_refuses_other_numbers(name: str, side: str) -> None:
-    with pytest.raises(ValueError, match=side):
-        parse_bits(name)
-
-
-# --- AffineQuantizer ---
-
-
-def test_the_interface_is_abstract() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        Quantizer()
-
-    class Unfinished(Quantizer):
-        def codes(self, x: Tensor) -> Tensor:
-            return x
-
-    with pytest.raises(TypeError, match="dequantize, freeze, observe|dequantize.*freeze.*observe"):
-        Unfinished()
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", BITS)
-def test_every_value_goes_to_the_nearest_grid_point(n_bits: int, symmetric: bool, granularity: str) -> None:
-    # Offset and spread differ by row, so that a scale of the wrong row would show.
-    x = data(6, 41, seed=n_bits) * torch.tensor([1.0, 3.0, 0.01, 50.0, 1.0, 2.0])[:, None]
-    x = x + torch.tensor([0.0, 5.0, 0.0, -40.0, -9.0, 0.3])[:, None]
-    quantizer = calibrated(x, n_bits, symmetric=symmetric, granularity=granularity)
-    codes, quantized = quantizer.codes(x), quantizer(x)
-    scale, zero_point, q_min, q_max = grid_by_hand(x, n_bits, symmetric, granularity)
-
-    assert not codes.is_floating_point()
-    assert q_min <= codes.min() and codes.max() <= q_max
-    np.testing.assert_allclose(quantizer.scale.double().numpy().reshape(scale.shape), scale, rtol=1e-6)
-    np.testing.assert_array_equal(quantizer.zero_point.numpy().reshape(scale.shape), zero_point)
-    # Exactly scale * (code - zero_point), whatever the scale.
-    assert torch.equal(quantized, quantizer.scale * (codes.float() - quantizer.zero_point))
-    assert torch.equal(quantized, quantizer.dequantize(codes))
-
-    grid = scale[..., None] * (np.arange(q_min, q_max + 1) - zero_point[..., None])
-    distance = np.abs(x.double().numpy()[..., None] - grid)
-    taken = np.abs(x.double().numpy() - quantized.double().numpy())
-    tolerance = 1e-5 * np.broadcast_to(scale, taken.shape) * q_max
-    assert (taken <= distance.min(-1) + tolerance).all()
-    assert (taken <= scale / 2 + tolerance).all()
-    assert taken.max() > 0.2 * scale.min()  # and it does round
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", BITS)
-def test_agrees_with_torch_per_tensor(n_bits: int, symmetric: bool) -> None:
-    calibration = data(500, seed=1, offset=0.4)
-    x = torch.cat([calibration, 3 * data(500, seed=2)])  # half of it outside the calibrated range
-    q = calibrated(calibration, n_bits, symmetric=symmetric)
-    expected = torch.fake_quantize_per_tensor_affine(x, q.scale, q.zero_point.int(), q.q_min, q.q_max)
-    # torch multiplies by 1 / scale, which can fall on the other side of a tie.
-    settled = ((x / q.scale).frac().abs() - 0.5).abs() > 1e-3
-    assert settled.float().mean() > 0.98
-    assert torch.equal(q(x)[settled], expected[settled])
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", BITS)
-@pytest.mark.parametrize("shape", [(7, 60), (7, 5, 4, 3)])
-def test_agrees_with_torch_per_channel(n_bits: int, symmetric: bool, shape: tuple[int, ...]) -> None:
-    x = data(*shape, seed=3) * torch.arange(1.0, 8).view(-1, *(1,) * (len(shape) - 1))
-    q = calibrated(x, n_bits, symmetric=symmetric, granularity="per_channel")
-    expected = torch.fake_quantize_per_channel_affine(
-        x, q.scale.flatten(), q.zero_point.flatten().int(), 0, q.q_min, q.q_max
-    )
-    settled = ((x / q.scale).frac().abs() - 0.5).abs() > 1e-3
-    assert settled.float().mean() > 0.98
-    assert torch.equal(q(x)[settled], expected[settled])
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_per_token_is_every_row_on_its_own(symmetric: bool) -> None:
-    x = data(2, 3, 5, 16, seed=4) * 10.0 ** data(2, 3, 5, 1, seed=5)
-    q = AffineQuantizer(4, symmetric=symmetric, granularity="per_token")
-    got = q(x)
-    for index in np.ndindex(2, 3, 5):
-        assert torch.equal(got[index], calibrated(x[index], 4, symmetric=symmetric)(x[index]))
-    # Rows that came before leave no trace.
-    assert torch.equal(q(x[:1]), got[:1])
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", BITS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_zero_is_exact(granularity: str, n_bits: int, symmetric: bool) -> None:
-    x = data(4, 33, seed=6, offset=0.7)
-    x[:, 0] = 0
-    assert torch.equal(calibrated(x, n_bits, symmetric=symmetric, granularity=granularity)(x)[:, 0], torch.zeros(4))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", BITS)
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-def test_quantizing_twice_changes_nothing(granularity: str, n_bits: int, symmetric: bool, dtype: torch.dtype) -> None:
-    x = data(8, 200, seed=7, offset=-0.3, dtype=dtype)
-    q = calibrated(x, n_bits, symmetric=symmetric, granularity=granularity)
-    once = q(x)
-    assert once.dtype == dtype
-    assert torch.equal(q(once), once)
-    assert torch.equal(q.codes(once), q.codes(x))
-
-
-def test_quantizing_twice_per_token() -> None:
-    x = data(50, 64, seed=8)
-    q = AffineQuantizer(4, granularity="per_token")
-    once = q(x)
-    # The grid is measured again on the rounded row; its ends are grid points, so it is the same up to rounding.
-    torch.testing.assert_close(q(once), once, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_more_bits_are_closer(granularity: str, symmetric: bool) -> None:
-    x = data(16, 512, seed=9)
-    errors = [(calibrated(x, b, symmetric=symmetric, granularity=granularity)(x) - x).square().mean() for b in BITS]
-    assert all(3 < coarse / fine < 12 for coarse, fine in zip(errors, errors[1:], strict=False))  # about 4 a bit
-
-
-def test_finer_granularity_is_closer() -> None:
-    x = data(16, 64, seed=10) * torch.logspace(-2, 2, 16)[:, None]
-    error = {
-        g: ((calibrated(x, 4, granularity=g)(x) - x) / x.std(1, keepdim=True)).square().mean() for g in GRANULARITIES
-    }
-    assert error["per_channel"] < 0.1 * error["per_tensor"]
-    assert torch.equal(error["per_channel"], error["per_token"])  # the same rows of a matrix
-
-
-# Float32 from 1e-30 to 1e30 in magnitude, and zero.
-floats = st.floats(-(2.0**100), 2.0**100, width=32).map(lambda v: 0.0 if abs(v) < 2.0**-100 else v)
-
-
-@settings(deadline=None, max_examples=150, derandomize=True)
-@given(values=st.lists(floats, min_size=1, max_size=12), n_bits=st.sampled_from(BITS), symmetric=st.booleans())
-def test_any_floats(values: list[float], n_bits: int, symmetric: bool) -> None:
-    x = torch.tensor(values)
-    q = calibrated(x, n_bits, symmetric=symmetric)
-    got = q(x)
-    assert torch.isfinite(got).all() and q.scale > 0
-    assert q.q_min <= q.zero_point <= q.q_max and q.zero_point == q.zero_point.round()
-    assert ((got.double() - x.double()).abs() <= q.scale.double() * (0.5 + 1e-4)).all()
-    assert torch.equal(q(got), got)
-    assert torch.equal(q(torch.zeros(1)), torch.zeros(1))
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("value", [0.0, 1e-30, 0.3, -0.3, 7.0, -1e30])
-def test_a_constant_is_reproduced(value: float, granularity: str, symmetric: bool) -> None:
-    x = torch.full((3, 5), value)
-    got = calibrated(x, 4, symmetric=symmetric, granularity=granularity)(x)
-    torch.testing.assert_close(got, x, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("granularity", ["per_channel", "per_token"])
-def test_a_zero_row_does_not_disturb_the_others(granularity: str, symmetric: bool) -> None:
-    x = data(3, 20, seed=11)
-    x[1] = 0
-    got = calibrated(x, 3, symmetric=symmetric, granularity=granularity)(x)
-    assert torch.equal(got[1], torch.zeros(20))
-    others = calibrated(x[[0, 2]], 3, symmetric=symmetric, granularity=granularity)(x[[0, 2]])
-    assert torch.equal(got[[0, 2]], others)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_channels_of_a_single_element(symmetric: bool) -> None:
-    x = torch.tensor([[1.5], [-2.5], [0.0], [1e-20]])
-    torch.testing.assert_close(
-        calibrated(x, 2, symmetric=symmetric, granularity="per_channel")(x), x, rtol=1e-6, atol=0
-    )
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_one_sided_data_uses_every_code(sign: int) -> None:
-    x = sign * torch.linspace(0.0, 15.0, 16)
-    q = calibrated(x, 4)
-    assert q.codes(x).unique().tolist() == list(range(16))
-    assert torch.equal(q(x), x)
-    assert q.zero_point == (0 if sign > 0 else 15)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_data_away_from_zero_widens_the_range_to_zero(sign: int) -> None:
-    q = calibrated(sign * torch.tensor([10.0, 15.0]), 4)
-    assert q.scale == 1
-    assert torch.equal(q(sign * torch.tensor([-3.0, 0.0, 3.3, 99.0])), sign * torch.tensor([0.0, 0.0, 3.0, 15.0]))
-
-
-def test_symmetric_codes_leave_the_lowest_out() -> None:
-    q = calibrated(torch.tensor([-3.0, 1.0]), 3, symmetric=True)
-    assert q.codes(torch.tensor([-9.0, -3.0, -1.2, 0.4, 9.0])).tolist() == [-3, -3, -1, 0, 3]
-
-
-def test_outside_the_calibrated_range_values_are_clamped() -> None:
-    q = calibrated(torch.tensor([-1.0, 2.0]), 2)
-    assert torch.equal(q(torch.tensor([-1e9, 1e9, torch.inf, -torch.inf])), torch.tensor([-1.0, 2.0, 2.0, -1.0]))
-
-
-def test_observations_accumulate_in_any_order() -> None:
-    parts = [data(4, 10, seed=s) * (s + 1) for s in range(3)]
-    for granularity, joined in (("per_tensor", torch.cat(parts)), ("per_channel", torch.cat(parts, 1))):
-        expected = calibrated(joined, 4, granularity=granularity)
-        for order in ((0, 1, 2), (2, 0, 1)):
-            q = AffineQuantizer(4, granularity=granularity)
-            for index in order:
-                q.observe(parts[index])
-            q.freeze()
-            assert torch.equal(q.scale, expected.scale) and torch.equal(q.zero_point, expected.zero_point)
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_calibration_data_must_be_finite(bad: float, granularity: str) -> None:
-    x = data(3, 4)
-    x[1, 2] = bad
-    with pytest.raises(ValueError, match="holds NaN or infinity"):
-        AffineQuantizer(4, granularity=granularity).observe(x)
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_calibration_data_must_not_be_empty(granularity: str) -> None:
-    with pytest.raises(ValueError, match="is empty"):
-        AffineQuantizer(4, granularity=granularity).observe(torch.empty(0, 4))
-    with pytest.raises(ValueError, match="saw no calibration data"):
-        AffineQuantizer(4, granularity=granularity).freeze()
-
-
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-def test_use_before_freeze(granularity: str) -> None:
-    q = AffineQuantizer(4, granularity=granularity)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="not calibrated"):
-            q(torch.ones(2, 2))
-        with pytest.raises(ValueError, match="not calibrated"):
-            q.dequantize(torch.ones(2, 2, dtype=torch.int16))
-        q.observe(torch.ones(2, 2))  # observing is not enough
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_half_precision_does_not_overflow(symmetric: bool, granularity: str) -> None:
-    # The width of this range, 8e4, is beyond float16; massive activations do reach such values.
-    x = torch.tensor([[-4e4, -1e4, 0.0, 1e4, 4e4]], dtype=torch.float16)
-    got = calibrated(x, 8, symmetric=symmetric, granularity=granularity)(x)
-    assert got.dtype == torch.float16
-    assert ((got.double() - x.double()).abs() <= 8e4 / 254 / 2 + 16).all()
-
-
-def test_half_precision_does_not_underflow() -> None:
-    # One step of this grid, 4e-6, is subnormal in float16, which holds it to 1 percent only: 2 steps at code 255.
-    x = torch.linspace(0, 1e-3, 256).half()
-    q = calibrated(x, 8)
-    assert q.scale.item() == pytest.approx(x.max().item() / 255, rel=1e-6)
-    assert ((q(x).double() - x.double()).abs() <= 0.51 * q.scale).all()
-
-
-def test_the_extremes_of_float32_do_not_overflow() -> None:
-    x = torch.tensor([-3e38, 0.0, 3e38])
-    assert torch.isfinite(calibrated(x, 8).scale)
-    torch.testing.assert_close(calibrated(x, 8)(x), x, rtol=0.01, atol=0)
-
-
-def test_extra_repr_says_what_it_is() -> None:
-    assert repr(AffineQuantizer(3, symmetric=True, granularity="per_channel")) == (
-        "AffineQuantizer(3 bits, symmetric, per_channel)"
-    )
 
 
 # --- quantized copies ---
@@ -428,7 +98,7 @@ def test_rtn_is_the_formula(w_bits: int, a_bits: int, activations: str, symmetri
     def rounded(values: np.ndarray, calibration: np.ndarray, n_bits: int, granularity: str) -> np.ndarray:
         if n_bits > 8:
             return values
-        scale, zero_point, q_min, q_max = grid_by_hand(torch.from_numpy(calibration), n_bits, symmetric, granularity)
+        scale, zero_point, q_min, q_max = grid_by_hand(calibration, n_bits, symmetric, granularity)
         return scale * (np.clip(np.round(values / scale) + zero_point, q_min, q_max) - zero_point)
 
     def layer(values: np.ndarray, calibration: np.ndarray, linear: nn.Linear) -> np.ndarray:
@@ -480,16 +150,6 @@ def test_the_argument_is_left_untouched_by_a_failure() -> None:
     assert all(m.training for m in model.modules())
 
 
-def test_only_the_linear_weights_change() -> None:
-    model = tiny_vit()
-    quantized = quantize(model, w_bits=4, a_bits=4, calibration=data(8, 1, 16, 16))
-    assert list(quantized_layers(quantized)) == VIT_LAYERS
-    changed = {f"{name}.weight" for name in VIT_LAYERS}
-    after = {name.replace(".linear.", "."): tensor for name, tensor in quantized.state_dict().items()}
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(after[name], tensor) == (name not in changed), name
-
-
 @pytest.mark.parametrize("make", [Mlp, tiny_vit])
 def test_with_quantizers_off_the_copy_is_the_original(make) -> None:
     model = make().eval()
@@ -538,40 +198,18 @@ def test_final_weights_are_on_their_grid(w_bits: int, symmetric: bool) -> None:
     model = tiny_vit()
     quantized = quantize(model, w_bits=w_bits, a_bits=32, calibration=data(2, 1, 16, 16), symmetric=symmetric)
     for name, layer in quantized_layers(quantized).items():
-        weight, quantizer = layer.linear.weight, layer.weight_quantizer
+        weight, quantizer = layer.weight, layer.weight_quantizer
         assert torch.equal(quantizer(weight), weight)
         assert torch.equal(quantizer.dequantize(layer.weight_codes()), weight)
         assert all(len(row.unique()) <= 2**w_bits for row in weight)
         original = model.get_submodule(name).weight
-        assert (weight - original).abs().amax(1).le(quantizer.scale.flatten() * 0.5001).all()
+        assert (weight - original).abs().flatten(1).amax(1).le(quantizer.scale.flatten() * 0.5001).all()
 
 
 def test_codes_of_a_floating_point_weight() -> None:
     quantized = quantize(Mlp(), w_bits=32, a_bits=4, calibration=data(8, 6))
     with pytest.raises(ValueError, match="no codes"):
         quantized.first.weight_codes()
-
-
-def test_calibration_order_and_batch_size_do_not_matter() -> None:
-    model, x = tiny_vit(), data(33, 1, 16, 16)
-
-    def ranges(images: Tensor, batch_size: int) -> list[Tensor]:
-        quantized = rtn(model, images, w_bits=4, a_bits=4, batch_size=batch_size)
-        layers = quantized_layers(quantized).values()
-        return [torch.stack([layer.input_quantizer.low, layer.input_quantizer.high]) for layer in layers]
-
-    expected = ranges(x, 64)
-    for images, batch_size in ((x.flip(0), 64), (x, 1), (x, 7), (x.flip(0), 32)):
-        # Matrix products of other sizes round differently, hence not exactly.
-        torch.testing.assert_close(ranges(images, batch_size), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(torch.stack(ranges(x[:5], 64)), torch.stack(expected), rtol=1e-4, atol=1e-5)
-
-
-def test_every_calibration_image_counts() -> None:
-    x = data(9, 6)
-    x[-1] *= 100  # the last row of the last, incomplete batch
-    quantized = rtn(Mlp(), x, w_bits=4, a_bits=4, batch_size=4)
-    assert quantized.first.input_quantizer.low == x.min() and quantized.first.input_quantizer.high == x.max()
 
 
 def test_one_row_of_calibration() -> None:
@@ -598,7 +236,7 @@ def test_a_model_that_makes_nan_is_named_by_layer() -> None:
     model = Mlp()
     with torch.no_grad():
         model.first.bias[0] = torch.nan
-    with pytest.raises(ValueError, match="layer second: .*NaN or infinity"):
+    with pytest.raises(ValueError, match="^second: its inputs hold NaN or infinity"):
         quantize(model, w_bits=4, a_bits=4, calibration=data(8, 6))
 
 
@@ -610,7 +248,7 @@ def test_unknown_method() -> None:
 @pytest.mark.parametrize("activations", ["per_channel", "per_row"])
 @pytest.mark.parametrize("a_bits", [4, 32])
 def test_unknown_granularity_of_activations(activations: str, a_bits: int) -> None:
-    with pytest.raises(ValueError, match=f"activations is '{activations}': choose 'per_tensor' or 'per_token'"):
+    with pytest.raises(ValueError, match=f"activations is '{activations}': choose one of per_tensor, per_token"):
         quantize(Mlp(), w_bits=4, a_bits=a_bits, calibration=data(8, 6), activations=activations)
 
 
@@ -621,28 +259,10 @@ def test_bits_out_of_range(side: str, bits) -> None:
         quantize(Mlp(), **{"w_bits": 4, "a_bits": 4} | {side: bits}, calibration=data(8, 6))
 
 
-def test_a_model_without_linear_layers() -> None:
-    with pytest.raises(ValueError, match="Sequential has no nn.Linear layer"):
-        quantize(nn.Sequential(nn.Flatten(), nn.ReLU()), w_bits=4, a_bits=4, calibration=data(8, 6))
-
-
-class WithUnused(Mlp):
-    def __init__(self) -> None:
-        super().__init__()
-        self.spare = nn.Linear(4, 4)
-
-
-def test_a_layer_that_calibration_never_reaches_is_named() -> None:
-    with pytest.raises(ValueError, match="layer spare: .*no calibration data"):
-        quantize(WithUnused(), w_bits=4, a_bits=4, calibration=data(8, 6))
-    # A weight needs no activations to be rounded.
-    assert quantize(WithUnused(), w_bits=4, a_bits=32, calibration=data(8, 6)).spare.weight_codes().max() == 15
-
-
 def test_a_layer_without_bias_stays_without() -> None:
     quantized = quantize(Mlp(), w_bits=4, a_bits=4, calibration=data(8, 6))
-    assert quantized.second.linear.bias is None
-    assert torch.equal(quantized.first.linear.bias, Mlp().first.bias)
+    assert quantized.second.bias is None
+    assert torch.equal(quantized.first.bias, Mlp().first.bias)
 
 
 def test_the_model_may_be_one_linear_layer() -> None:
@@ -671,8 +291,8 @@ def test_integer_inputs_and_nested_outputs() -> None:
     quantized = quantize(model, w_bits=4, a_bits=4, calibration=ids)
     # The embedding stays in floating point although it shares its weight with the head.
     assert torch.equal(quantized.embed.weight, model.embed.weight)
-    assert torch.equal(quantized.head.weight_quantizer(quantized.head.linear.weight), quantized.head.linear.weight)
-    assert not torch.equal(quantized.head.linear.weight, model.head.weight)
+    assert torch.equal(quantized.head.weight_quantizer(quantized.head.weight), quantized.head.weight)
+    assert not torch.equal(quantized.head.weight, model.head.weight)
     assert model.head.weight is model.embed.weight
     off = quantize(model, w_bits=32, a_bits=32, calibration=ids)(ids)
     assert torch.equal(off["logits"], model(ids)["logits"])
@@ -705,11 +325,11 @@ def test_tied_weights_are_both_quantized() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6))
     model[2].weight = model[0].weight
     quantized = quantize(model, w_bits=3, a_bits=4, calibration=data(20, 6))
-    assert torch.equal(quantized[0].linear.weight, quantized[2].linear.weight)
+    assert torch.equal(quantized[0].weight, quantized[2].weight)
     for layer in quantized_layers(quantized).values():
-        assert torch.equal(layer.weight_quantizer.dequantize(layer.weight_codes()), layer.linear.weight)
-        assert (layer.linear.weight - model[0].weight).abs().max() <= layer.weight_quantizer.scale.max() * 0.5001
-    assert torch.equal(quantized[2].linear.bias, model[2].bias)
+        assert torch.equal(layer.weight_quantizer.dequantize(layer.weight_codes()), layer.weight)
+        assert (layer.weight - model[0].weight).abs().max() <= layer.weight_quantizer.scale.max() * 0.5001
+    assert torch.equal(quantized[2].bias, model[2].bias)
 
 
 def test_a_parametrized_weight_is_quantized() -> None:
@@ -717,68 +337,16 @@ def test_a_parametrized_weight_is_quantized() -> None:
     torch.nn.utils.parametrizations.weight_norm(model.first)
     before, x = snapshot(model), data(20, 6)
     quantized = quantize(model, w_bits=3, a_bits=8, calibration=x)
-    assert all(len(row.unique()) <= 8 for row in quantized.first.linear.weight)
+    assert all(len(row.unique()) <= 8 for row in quantized.first.weight)
     quantized.eval()(x)
-    assert all(len(row.unique()) <= 8 for row in quantized.first.linear.weight)
+    assert all(len(row.unique()) <= 8 for row in quantized.first.weight)
     assert_same_state(model, before)
     model(x)  # still parametrized, still works
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_multihead_attention_is_refused_by_name(batch_first: bool) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
-            self.out = nn.Linear(8, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.attention(x, x, x)[0])
-
-    for model in (Block(), nn.Sequential(nn.Linear(8, 8), Block())):
-        with pytest.raises(ValueError, match=r"layer (1\.)?attention is an nn.MultiheadAttention"):
-            quantize(model, w_bits=4, a_bits=4, calibration=data(4, 5, 8))
-
-
-def test_open_clip_towers() -> None:
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
-
-    own = VisionTransformer(image_size=16, patch_size=4, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=8)
-    with pytest.raises(ValueError, match="resblocks.0.attn is an nn.MultiheadAttention"):
-        quantize(own, w_bits=8, a_bits=8, calibration=data(4, 3, 16, 16))
-    trunk = TimmModel("test_vit", embed_dim=8, image_size=160, pool="", proj="linear").eval()
-    x = data(2, 3, 160, 160)
-    quantized = quantize(trunk, w_bits=8, a_bits=8, calibration=x)
-    assert "trunk.blocks.0.mlp.fc1" in quantized_layers(quantized) and "head.proj" in quantized_layers(quantized)
-    assert 0 < relative_error(quantized, trunk, x) < 1e-2
-
-
-def test_a_weight_that_is_read_without_calling_the_layer_is_refused() -> None:
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(6, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.fc.weight)
-
-    with pytest.raises(ValueError, match="Reads cannot be quantized: .*its weight directly"):
-        quantize(Reads(), w_bits=4, a_bits=4, calibration=data(4, 6))
-
-
-def test_a_layer_that_does_more_than_its_product_is_refused() -> None:
-    class Doubling(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    with pytest.raises(ValueError, match="does not reproduce the original"):
-        quantize(nn.Sequential(Doubling(6, 3)), w_bits=4, a_bits=4, calibration=data(4, 6))
-
-
 def test_quantizing_a_quantized_model_is_refused() -> None:
     quantized = quantize(Mlp(), w_bits=4, a_bits=4, calibration=data(8, 6))
-    with pytest.raises(ValueError, match="layer first is quantized already"):
+    with pytest.raises(ValueError, match="quantized already"):
         quantize(quantized, w_bits=4, a_bits=4, calibration=data(8, 6))
 
 
@@ -792,16 +360,6 @@ def test_calibration_sees_the_floating_point_model() -> None:
     assert quantized.second.input_quantizer.high == seen.max()
 
 
-def test_preparing_leaves_the_quantizers_to_the_method() -> None:
-    x = data(8, 6)
-    prepared = prepare(Mlp(), lambda: None, lambda: AffineQuantizer(4), x)
-    assert {layer.mode for layer in quantized_layers(prepared).values()} == {"float"}
-    calibrate_inputs(prepared, [x])
-    assert {layer.mode for layer in quantized_layers(prepared).values()} == {"float"}
-    torch.testing.assert_close(prepared.first.input_quantizer.scale, (x.max() - x.min()) / 15)
-    assert torch.equal(prepared(x), Mlp().eval()(x))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(dtype: torch.dtype) -> None:
     model, x = Mlp().to(dtype).eval(), data(16, 6, dtype=dtype)
@@ -809,10 +367,130 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     assert quantized(x).dtype == dtype
     torch.testing.assert_close(quantized(x), model(x), rtol=0.1, atol=0.05)
     for layer in quantized_layers(quantized).values():
-        assert torch.equal(layer.weight_quantizer(layer.linear.weight), layer.linear.weight)
+        assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight)
 
 
 def test_a_quantized_model_can_be_copied() -> None:
     x = data(8, 6)
     quantized = quantize(Mlp(), w_bits=4, a_bits=4, calibration=x)
     assert torch.equal(copy.deepcopy(quantized)(x), quantized(x))
+
+
+def test_what_changes_and_what_does_not() -> None:
+    model = tiny_vit()
+    quantized = quantize(model, w_bits=4, a_bits=4, calibration=data(8, 1, 16, 16))
+    assert list(quantized_layers(quantized)) == ["patch_embed.proj", *VIT_LAYERS]
+    changed = {f"{name}.weight" for name in quantized_layers(quantized)}
+    after = quantized.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(after[name], tensor) == (name not in changed), name
+    rows = {row["site"]: row for row in coverage(quantized)}
+    assert rows["patch_embed.proj"]["input"] == "float"  # the image itself
+    assert {row["kind"] for row in rows.values()} == {"linear", "conv", "qk", "pv"}
+    assert "float" not in {rows[name][side] for name in VIT_LAYERS for side in ("weight", "input")}
+    for name in products(quantized):
+        assert "float" not in (rows[name]["input"], rows[name]["other_input"])
+
+
+def test_calibration_order_and_batch_size_do_not_matter() -> None:
+    model, x = tiny_vit(), data(33, 1, 16, 16)
+
+    def ranges(images: Tensor, batch_size: int) -> Tensor:
+        quantized = quantize(model, calibration=images, w_bits=4, a_bits=4, batch_size=batch_size)
+        layers = [layer for name, layer in quantized_layers(quantized).items() if name != "patch_embed.proj"]
+        return torch.stack([torch.stack([q.low, q.high]) for layer in layers for q in layer.input_quantizers()])
+
+    expected = ranges(x, 64)
+    for images, batch_size in ((x.flip(0), 64), (x, 1), (x, 7), (x.flip(0), 32)):
+        # Matrix products of other sizes round differently, hence not exactly.
+        torch.testing.assert_close(ranges(images, batch_size), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ranges(x[:5], 64), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_calibration_image_counts() -> None:
+    x = data(9, 6)
+    x[-1] *= 100  # the last row of the last, incomplete batch
+    quantized = quantize(Mlp(), calibration=x, w_bits=4, a_bits=4, batch_size=4)
+    assert quantized.first.input_quantizer.low == x.min() and quantized.first.input_quantizer.high == x.max()
+
+
+def test_symmetric_grids_leave_probabilities_unsigned() -> None:
+    quantized = quantize(tiny_vit(), w_bits=4, a_bits=4, calibration=data(8, 1, 16, 16), symmetric=True)
+    for product in products(quantized).values():
+        assert product.left_quantizer.symmetric == (product.kind == "qk")
+        assert product.left_quantizer.zero_point == 0 and product.right_quantizer.zero_point == 0
+
+
+def test_unknown_options_and_transforms_are_named() -> None:
+    with pytest.raises(ValueError, match="method 'rtn' has no option 'symetric': it has symmetric, activations"):
+        quantize(Mlp(), w_bits=4, a_bits=4, calibration=data(8, 6), symetric=True)
+    with pytest.raises(ValueError, match="unknown transform 'rotat'"):
+        quantize(Mlp(), w_bits=4, a_bits=4, calibration=data(8, 6), transforms=["rotat"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_a_vision_transformer(method: str) -> None:
+    """Each gets closer with bits, leaves its argument alone, and its weights are fixed points of their quantizers."""
+    model, calibration, x = tiny_vit().eval(), data(32, 1, 16, 16, seed=1), data(32, 1, 16, 16, seed=2)
+    before = snapshot(model)
+    errors = {}
+    for bits in (3, 8):
+        quantized = quantize(model, method=method, w_bits=bits, a_bits=bits, calibration=calibration)
+        errors[bits] = relative_error(quantized, model, x)
+        for layer in quantized_layers(quantized).values():
+            assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight), layer.name
+            codes = layer.weight_codes()
+            assert codes.dtype == torch.int16 and len(codes.unique()) <= 2**bits
+    assert_same_state(model, before)
+    assert 0 < errors[8] < 2e-3 and errors[8] < errors[3] < 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sides", [(32, 4), (4, 16), (32, 32)])
+def test_every_method_with_a_side_switched_off(method: str, sides: tuple[int, int]) -> None:
+    model, x = tiny_vit().eval(), data(8, 1, 16, 16)
+    quantized = quantize(model, method=method, w_bits=sides[0], a_bits=sides[1], calibration=x)
+    for layer in quantized_layers(quantized).values():
+        assert (layer.weight_quantizer is None) == (sides[0] > 8)
+        assert layer.input_quantizer is None or sides[1] <= 8
+    for product in products(quantized).values():
+        assert (product.left_quantizer is None) == (product.right_quantizer is None) == (sides[1] > 8)
+    assert torch.isfinite(quantized(x)).all()
+    if sides == (32, 32):
+        torch.testing.assert_close(quantized(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_degenerate_models_and_one_row(method: str) -> None:
+    """A layer of zeros, one without bias, a constant channel, one row of calibration: finite, and no warning."""
+    model = Mlp().eval()
+    with torch.no_grad():
+        model.first.weight[3] = 0
+        model.first.weight[4] = 0.5
+        model.second.weight.zero_()
+    x = data(1, 6)
+    out = quantize(model, method=method, w_bits=4, a_bits=4, calibration=x)(x)
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(quantize(model, method=method, w_bits=4, a_bits=4, calibration=torch.zeros(3, 6))(x)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_names_a_branch_that_calibration_misses(method: str) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x[:, 0].max() > 0:
+                x = torch.where(x[:, :1] > 0, self.expert[0](x), x)
+            return torch.where(x[:, :1] < -1e3, self.expert[1](x), x) if x.min() < -1e3 else x
+
+    model, x = Experts().eval(), data(40, 6)
+    with pytest.raises(ValueError, match="calibration data never reached expert.1.*exclude="):
+        quantize(model, method=method, w_bits=4, a_bits=4, calibration=x)
+    with pytest.warns(UserWarning, match=r"expert.1 \(excluded\)"):
+        quantized = quantize(model, method=method, w_bits=4, a_bits=4, calibration=x, exclude=["expert.1"])
+    assert list(quantized_layers(quantized)) == ["expert.0"]
+    x[30, 0] = -1e4  # now a later batch reaches it
+    assert len(quantized_layers(quantize(model, method=method, w_bits=4, a_bits=4, calibration=x, batch_size=8))) == 2

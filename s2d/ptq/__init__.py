@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from s2d.ptq.calibrate import split_batches
+from s2d.ptq.prepare import coverage, prepare
 from s2d.ptq.quantizers import check_bits
 from s2d.ptq.rtn import rtn
+from s2d.ptq.sites import set_mode
 
-METHODS = {"rtn": rtn}
+METHODS: dict[str, Callable] = {"rtn": rtn}
+"""Each ``method(model, batches, *, w_bits, a_bits, progress, **options)`` quantizes a prepared model in place."""
 
-__all__ = ["METHODS", "parse_bits", "quantize"]
+TRANSFORMS: dict[str, Callable] = {}
+"""Each ``transform(model, batches, **options)`` changes a prepared model in place, its function not at all."""
+
+__all__ = ["METHODS", "TRANSFORMS", "coverage", "parse_bits", "quantize"]
 
 
 def quantize(
-    model: nn.Module, *, method: str = "rtn", w_bits: int, a_bits: int, calibration: Tensor, **options
+    model: nn.Module,
+    *,
+    method: str = "rtn",
+    w_bits: int,
+    a_bits: int,
+    calibration: Any,
+    transforms: Sequence[str | Callable] = (),
+    exclude: Sequence[str] = (),
+    batch_size: int = 32,
+    progress: Callable[[str], None] | None = None,
+    **options,
 ) -> nn.Module:
-    """A quantized copy of a model: every Linear layer's weight and input, the head included.
+    """A quantized copy of a model: its convolutions, Linear layers (head included) and attention products.
 
-    LayerNorm, softmax, GELU, residual sums, embeddings, biases, the patch convolution and the attention products stay
-    in floating point.
+    Quantized are the weights of convolutions and Linear layers, the inputs of Linear layers, and both factors of both
+    products of every attention. LayerNorm, softmax, GELU, residual sums, embeddings, biases and the image itself stay
+    in floating point. What cannot be reached is named in a warning and by :func:`coverage`.
 
     Args:
-        model: left untouched.
+        model: any timm, open_clip or transformers model, or one of your own; left untouched.
         method: a key of ``METHODS``.
         w_bits, a_bits: 2 to 8; 16 or 32 leaves that side in floating point.
-        calibration: ``(N, ...)`` images, N >= 1, disjoint from what the result is tested on.
+        calibration: ``(N, ...)`` images, N >= 1, disjoint from what the result is tested on; or a tuple or mapping of
+            tensors, as the model is called; or a list of such batches.
+        transforms: keys of ``TRANSFORMS``, or functions of a prepared model and the batches, applied first.
+        exclude: name patterns of layers and attentions that stay in floating point.
+        batch_size: calibration items a forward pass.
+        progress: called with a line of text now and then; None for silence.
         **options: keyword arguments of the method.
 
     Returns:
         The copy, in evaluation mode.
 
     Raises:
-        ValueError: for an unknown method, bits out of range, or a calibration set that is empty or not finite.
+        ValueError: for an unknown method, transform or option, bits out of range, a calibration set that is empty or
+            not finite, or a model that cannot be followed.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
         >>> quantized = quantize(model, method="rtn", w_bits=4, a_bits=4, calibration=torch.randn(32, 4))
         >>> int(quantized[0].weight_codes().max()) <= 15
@@ -48,11 +75,32 @@ def quantize(
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     check_bits(w_bits, "w_bits")
     check_bits(a_bits, "a_bits")
-    if len(calibration) == 0:
-        raise ValueError("the calibration set is empty: give at least one image")
-    if not torch.isfinite(calibration).all():
-        raise ValueError("the calibration set holds NaN or infinity: check the images")
-    return METHODS[method](model, calibration, w_bits=w_bits, a_bits=a_bits, **options)
+    _check_options(method, options)
+    applied = [_transform(transform) for transform in transforms]
+    batches = split_batches(calibration, batch_size)
+    quantized = prepare(model, batches, exclude=exclude)
+    for transform in applied:
+        transform(quantized, batches)
+    METHODS[method](quantized, batches, w_bits=w_bits, a_bits=a_bits, progress=progress, **options)
+    set_mode(quantized, "quantized")
+    quantized.__dict__["s2d_quantization"] = {"method": method, "w_bits": w_bits, "a_bits": a_bits, "options": options}
+    return quantized.eval()
+
+
+def _check_options(method: str, options: dict) -> None:
+    known = [name for name, p in inspect.signature(METHODS[method]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    known = [name for name in known if name not in ("w_bits", "a_bits", "progress")]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"method {method!r} has no option {name!r}: it has {', '.join(known) or 'none'}")
+
+
+def _transform(transform: str | Callable) -> Callable:
+    if callable(transform):
+        return transform
+    if transform not in TRANSFORMS:
+        raise ValueError(f"unknown transform {transform!r}: choose one of {', '.join(TRANSFORMS)}")
+    return TRANSFORMS[transform]
 
 
 def parse_bits(name: str) -> tuple[int, int]:

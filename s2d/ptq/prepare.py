@@ -3,159 +3,279 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import fnmatch
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.ptq.quantizers import Quantizer
+from s2d.layers import _is_conv1d_of_gpt2
+from s2d.ptq.attention import SplitAttention
+from s2d.ptq.calibrate import first_items
+from s2d.ptq.sites import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedLinear,
+    Site,
+    attach_products,
+    sites,
+)
+from s2d.ptq.trace import Trace, call, is_layer, regular_attention, tensors_of, trace
+
+_SITES = {nn.Conv1d: QuantizedConv1d, nn.Conv2d: QuantizedConv2d, nn.Conv3d: QuantizedConv3d}
+# Packed projections, by the names that timm, open_clip and transformers give them; others count as one part.
+_PACKED = {"qkv": 3, "in_proj": 3, "qkv_proj": 3, "c_attn": 3, "query_key_value": 3, "kv": 2, "kv_proj": 2}
+# Names of one attention's products: a second pair (self- and cross-attention in one module) is numbered.
+_PRODUCT = "{kind}_product{number}"
 
 
-class QuantizedLinear(nn.Module):
-    """A Linear layer whose weight and input pass through quantizers; either may be None (floating point).
+@dataclass
+class Layout:
+    """Where the sites of a model are: all that is needed to build the copy again, as plain data.
 
     Attributes:
-        linear: the layer, whose weight the method replaces by its quantized values.
-        weight_quantizer, input_quantizer: see :class:`s2d.ptq.quantizers.Quantizer`.
-        name: where the layer is in the model, for messages.
-        mode: ``"float"`` (quantizers off), ``"observe"`` or ``"quantized"``.
+        layers: Linear layer or convolution to what is known of it (``after``, ``norm``, ``parts``).
+        attentions: attention to the attribute names of its products, in the order of one call; None stays as it is.
+        direct: module to its Linear layers whose weight it uses without calling them.
+        split: ``nn.MultiheadAttention`` to how it is called.
+        left_out: pieces that stay in floating point, one line each.
     """
 
-    def __init__(
-        self, linear: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None, name: str = ""
-    ) -> None:
-        super().__init__()
-        self.linear, self.weight_quantizer, self.input_quantizer = linear, weight_quantizer, input_quantizer
-        self.name = name
-        self.mode = "float"
+    layers: dict[str, dict] = field(default_factory=dict)
+    attentions: dict[str, list[str | None]] = field(default_factory=dict)
+    direct: dict[str, list[str]] = field(default_factory=dict)
+    split: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "observe" and self.input_quantizer is not None:
-            try:
-                self.input_quantizer.observe(x)
-            except ValueError as error:
-                raise ValueError(f"layer {self.name}: {error}") from error
-        if self.mode == "quantized" and self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        return F.linear(x, self.linear.weight, self.linear.bias)
-
-    def weight_codes(self) -> Tensor:
-        """The integer codes of the weight; raises ValueError when the weight is in floating point."""
-        if self.weight_quantizer is None:
-            raise ValueError("this layer's weight is in floating point: it has no codes")
-        return self.weight_quantizer.codes(self.linear.weight)
+    def as_dict(self) -> dict:
+        """JSON-able form."""
+        return asdict(self)
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The quantized layers of a prepared model, by the name the Linear layer had."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+def prepare(model: nn.Module, batches: Any, *, exclude: Sequence[str] = ()) -> nn.Module:
+    """Copy a model and put a site at every Linear layer, convolution and attention product, all in floating point.
 
-
-def prepare(
-    model: nn.Module,
-    weight_quantizer,
-    input_quantizer,
-    check: Tensor,
-) -> nn.Module:
-    """Copy a model and put every Linear layer, head included, behind quantizers; the argument is left untouched.
-
-    A layer that the model holds under several names stays one layer. Layers that share a weight each get their own, so
-    quantizing one leaves the other (a tied embedding, say) alone.
+    Layers that share a weight each get their own. What the copy cannot reach (a bare parameter that is multiplied, a
+    layer with a forward of its own) stays in floating point and is named in a warning and in :func:`coverage`.
 
     Args:
-        model: any module with Linear layers.
-        weight_quantizer, input_quantizer: called once a layer, each returns a fresh quantizer or None.
-        check: a batch on which copy and original are compared; outputs may be tensors, tuples or mappings of them.
+        model: any transformer; left untouched.
+        batches: what the model is called with, or a list of such batches. The first two items show what the model is
+            made of, and the copy is compared with the original on them; where they miss a layer (an expert), the rest
+            is looked at as well.
+        exclude: name patterns (``"head"``, ``"blocks.0.*"``) of layers and attentions to leave alone.
 
     Returns:
-        The copy, in evaluation mode, quantizers off.
+        The copy, in evaluation mode, of the same class.
 
     Raises:
-        ValueError: if there is no Linear layer, one that cannot be reached, or the copy does not give exactly the
-            original's output.
+        ValueError: if there is nothing to quantize, a pattern matches nothing, a layer is quantized already, the data
+            misses a layer, or the copy does not give exactly the original's output.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval()
+        >>> list(sites(prepare(model, torch.randn(3, 4))))
+        ['0', '2']
+
+    Paper: none.
     """
-    quantized = copy.deepcopy(model).eval()
-    linears = {module: name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)}
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear layer: there is nothing to quantize")
-    for name, module in quantized.named_modules():
-        if isinstance(module, QuantizedLinear):
-            raise ValueError(f"layer {name} is quantized already: quantize the original model instead")
-        if isinstance(module, nn.MultiheadAttention):
-            raise ValueError(
-                f"layer {name} is an nn.MultiheadAttention, which never calls its projections as Linear layers: they "
-                "would stay in floating point; use a model whose attention calls Linear layers (timm's, say)"
-            )
-    with torch.no_grad():
-        expected = _tensors(quantized(check))
-    wrapped = {}
-    for linear, name in linears.items():
-        wrapped[linear] = QuantizedLinear(_own(linear), weight_quantizer(), input_quantizer(), name)
-    for parent in list(quantized.modules()):
-        for child, module in parent._modules.items():
-            if module in wrapped:
-                setattr(parent, child, wrapped[module])
-    quantized = wrapped.get(quantized, quantized).eval()
-    advice = "it uses a Linear layer in some other way than calling it (its weight directly, say)"
-    try:
-        with torch.no_grad():
-            found = _tensors(quantized(check))
-    except AttributeError as error:
-        raise ValueError(f"{type(model).__name__} cannot be quantized: {advice} ({error})") from error
-    if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(expected, found, strict=True)):
+    batches = batches if isinstance(batches, list) else [batches]
+    quantized = nn.Module()
+    quantized.model = copy.deepcopy(model).eval()  # in a box, so that the model itself may be a layer
+    inner = quantized.model
+    if any(isinstance(module, Site) for module in inner.modules()):
+        raise ValueError("the model is quantized already: quantize the original model instead")
+    sample = first_items(batches)
+    found, expected = _trace(inner, sample, batches)
+    layout = _layout(inner, found, exclude)
+    if not layout.layers and not layout.split:
+        reason = "; ".join(layout.left_out) or "it has no Linear layer"
+        raise ValueError(f"{type(model).__name__} has nothing to quantize: {reason}")
+    if layout.split:
+        for name, kind in layout.split.items():
+            _replace(quantized, name, SplitAttention(inner.get_submodule(name), kind))
+        inner = quantized.model
+        found, outputs = _trace(inner, sample, batches)
+        _compare(expected, outputs, type(model).__name__)
+        layout = _layout(inner, found, exclude, split=layout.split)
+    result = build(inner, layout, split=False)
+    with torch.no_grad(), regular_attention():
+        _compare(expected, tensors_of(call(result, sample)), type(model).__name__)
+    if layout.left_out:
+        warnings.warn("left in floating point: " + "; ".join(layout.left_out), stacklevel=2)
+    return result
+
+
+def _trace(model: nn.Module, sample, batches: list) -> tuple[Trace, list[Tensor]]:
+    found, output = trace(model, [sample])
+    if found.uncalled:
+        found, output = trace(model, [sample, *batches])
+    return found, output
+
+
+def _compare(expected: list[Tensor], found: list[Tensor], name: str) -> None:
+    same = len(expected) == len(found) and all(
+        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(expected, found, strict=True)
+    )
+    if not same:
         raise ValueError(
-            f"the quantized copy of {type(model).__name__} does not reproduce the original with its quantizers off: "
-            f"{advice}"
+            f"the quantized copy of {name} does not reproduce the original with its quantizers off: the model uses a "
+            "layer in some way that could not be followed, or is not deterministic in evaluation mode"
         )
-    return quantized
 
 
-def _own(linear: nn.Linear) -> nn.Linear:
-    """A plain Linear layer of the same function with parameters of its own, neither tied nor parametrized."""
-    own = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    own.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=linear.weight.requires_grad)
-    if linear.bias is not None:
-        own.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
-    return own
+def _layout(model: nn.Module, found: Trace, exclude: Sequence[str], split: dict[str, str] | None = None) -> Layout:
+    matched = {pattern: False for pattern in exclude}
+
+    def excluded(name: str) -> bool:
+        hits = [pattern for pattern in exclude if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
+        matched.update(dict.fromkeys(hits, True))
+        return bool(hits)
+
+    layout = Layout(split=split or {name: kind for name, kind in found.kinds.items() if not excluded(name)})
+    layout.left_out += found.left_out
+    for name in found.layers:
+        if excluded(name):
+            layout.left_out.append(f"{name} (excluded)")
+            continue
+        module = model.get_submodule(name)
+        # All layers that read one norm must be sites, or the norm cannot be changed for them.
+        siblings = [other for other, norm in found.norm.items() if norm == found.norm.get(name)]
+        norm = found.norm.get(name) if not any(excluded(other) for other in siblings) else None
+        linear = not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        parts = _PACKED.get(name.rpartition(".")[2], 1) if linear else 1
+        parts = parts if _rows(module) % parts == 0 else 1
+        layout.layers[name] = {"after": found.after.get(name), "norm": norm if linear else None, "parts": parts}
+    for name, plan in found.plans.items():
+        if excluded(name):
+            layout.left_out.append(f"the products of {name} (excluded)")
+            continue
+        counts = {"qk": 0, "pv": 0}
+        attributes: list[str | None] = []
+        for kind in plan:
+            if kind is None:
+                attributes.append(None)
+                continue
+            counts[kind] += 1
+            attributes.append(_PRODUCT.format(kind=kind, number=counts[kind] if counts[kind] > 1 else ""))
+        layout.attentions[name] = attributes
+    for name, children in found.direct.items():
+        kept = [child for child in children if f"{name}.{child}".lstrip(".") in layout.layers]
+        if kept:
+            layout.direct[name] = kept
+    layout.left_out += [f"{name} (excluded)" for name in found.uncalled if excluded(name)]
+    missed = [name for name in found.uncalled if not excluded(name)]
+    unmatched = [pattern for pattern, hit in matched.items() if not hit]
+    if unmatched:
+        raise ValueError(
+            f"exclude={unmatched[0]!r} matches no layer or attention: see the names in model.named_modules()"
+        )
+    if missed:
+        raise ValueError(
+            f"the calibration data never reached {', '.join(missed[:5])}{' and others' if len(missed) > 5 else ''}: "
+            "give data that does, or leave such layers in floating point with exclude="
+        )
+    return layout
 
 
-def _tensors(output) -> list[Tensor]:
-    """The tensors of a model's output, which may be nested in tuples and mappings."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, Mapping) else output
-    return [tensor for part in parts for tensor in _tensors(part)] if isinstance(output, (Mapping, tuple, list)) else []
+def _rows(module: nn.Module) -> int:
+    return module.weight.shape[1] if _is_conv1d_of_gpt2(module) else module.weight.shape[0]
 
 
-@contextmanager
-def mode(model: nn.Module, name: str) -> Iterator[None]:
-    """Put every quantized layer into one mode while the context is open."""
-    layers = quantized_layers(model).values()
-    before = [layer.mode for layer in layers]
-    for layer in layers:
-        layer.mode = name
-    try:
-        yield
-    finally:
-        for layer, previous in zip(layers, before, strict=True):
-            layer.mode = previous
+def build(model: nn.Module, layout: Layout, *, split: bool = True) -> nn.Module:
+    """Put the sites of a layout into a model, in place; returns it (or the site, if the model is one layer).
 
-
-@torch.no_grad()
-def calibrate_inputs(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Show every input quantizer what its layer sees in the floating-point model, then freeze it.
+    Args:
+        model: the floating-point model, in evaluation mode.
+        layout: from :func:`layout_of`, or read from a file.
+        split: whether each ``nn.MultiheadAttention`` is still to be taken apart.
 
     Raises:
-        ValueError: naming the layer, if its inputs are not finite or the calibration data never reached it.
+        ValueError: if the layout is of another model.
+
+    Paper: none.
     """
-    with mode(model, "observe"):
-        for batch in batches:
-            model(batch)
-    for name, layer in quantized_layers(model).items():
-        if layer.input_quantizer is not None:
-            try:
-                layer.input_quantizer.freeze()
-            except ValueError as error:
-                raise ValueError(f"layer {name}: {error}") from error
+    box = nn.Module()
+    box.model = model
+    try:
+        for name, kind in layout.split.items() if split else ():
+            _replace(box, name, SplitAttention(box.model.get_submodule(name), kind))
+        made: dict[nn.Module, nn.Module] = {}
+        for name, known in layout.layers.items():
+            layer = box.model.get_submodule(name) if name else box.model
+            if not is_layer(layer):
+                raise AttributeError(f"{name} is no Linear layer or convolution")
+            made[layer] = _site(layer, name, known)
+        for name in (*layout.attentions, *layout.direct):
+            box.model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"the layout is of another model than {type(model).__name__}: {error}") from None
+    for parent in list(box.modules()):  # a layer held under several names stays one layer
+        for child, module in parent._modules.items():
+            if module in made:
+                setattr(parent, child, made[module])
+    for name in dict.fromkeys((*layout.attentions, *layout.direct)):
+        plan, direct = layout.attentions.get(name, []), layout.direct.get(name, [])
+        attach_products(box.model.get_submodule(name), plan, name, direct)
+    result = box.model.eval()
+    result.__dict__["s2d_layout"] = layout
+    return result
+
+
+def _site(layer: nn.Module, name: str, known: dict) -> Site:
+    kind = next((site for plain, site in _SITES.items() if isinstance(layer, plain)), QuantizedLinear)
+    if _is_conv1d_of_gpt2(layer):
+        transposed = nn.Module()
+        transposed.weight, transposed.bias = nn.Parameter(layer.weight.detach().t()), layer.bias
+        transposed.weight.requires_grad_(layer.weight.requires_grad)
+        layer = transposed
+    return kind(layer, name, **known)
+
+
+def _replace(box: nn.Module, name: str, new: nn.Module) -> None:
+    path = f"model.{name}" if name else "model"
+    parent, _, child = path.rpartition(".")
+    setattr(box.get_submodule(parent), child, new)
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a prepared model.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    layout = model.__dict__.get("s2d_layout")
+    if layout is None:
+        raise ValueError(f"{type(model).__name__} is not a prepared model: call s2d.ptq.quantize or prepare first")
+    return layout
+
+
+def coverage(model: nn.Module) -> list[dict]:
+    """What is quantized and what is not, one row a piece.
+
+    Returns:
+        Rows with site, kind (``linear``, ``conv``, ``qk``, ``pv``, ``left out``), weight, input, other_input: the
+        quantizers as text, ``"float"`` where there is none.
+
+    Example:
+        >>> from s2d.ptq import quantize
+        >>> quantized = quantize(nn.Linear(4, 2), w_bits=8, a_bits=4, calibration=torch.randn(8, 4))
+        >>> coverage(quantized)[0]["kind"]
+        'linear'
+
+    Paper: none.
+    """
+    rows = []
+    for name, site in sites(model).items():
+        inputs = [str(quantizer) if quantizer is not None else "float" for quantizer in site.input_quantizers()]
+        weighted = hasattr(site, "weight_quantizer")
+        kind = site.kind if not weighted else "linear" if isinstance(site, nn.Linear) else "conv"
+        weight = "" if not weighted else str(site.weight_quantizer or "float")
+        other = inputs[1] if len(inputs) > 1 else ""
+        rows.append({"site": name, "kind": kind, "weight": weight, "input": inputs[0], "other_input": other})
+    empty = {"weight": "float", "input": "float", "other_input": ""}
+    return rows + [{"site": line, "kind": "left out"} | empty for line in layout_of(model).left_out]

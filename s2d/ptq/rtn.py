@@ -2,58 +2,79 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from s2d.ptq.prepare import calibrate_inputs, prepare, quantized_layers
+from s2d.ptq.calibrate import visit_sites
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer
+from s2d.ptq.sites import CONVOLUTIONS, Site, products, quantized_layers
+
+ACTIVATIONS = ("per_tensor", "per_token")
 
 
-@torch.no_grad()
 def rtn(
     model: nn.Module,
-    calibration: Tensor,
+    batches: list[Any],
     *,
     w_bits: int,
     a_bits: int,
+    progress: Callable[[str], None] | None = None,
     symmetric: bool = False,
     activations: str = "per_tensor",
-    batch_size: int = 64,
-) -> nn.Module:
+) -> None:
     """Quantize with round-to-nearest: weights per output channel, activations min-max over the calibration set.
 
     Args:
-        model: left untouched.
-        calibration: ``(N, ...)`` what the model is called with.
+        model: a prepared model, changed in place.
+        batches: calibration data (:func:`s2d.ptq.calibrate.split_batches`).
         w_bits, a_bits: see :func:`s2d.ptq.quantize`.
-        symmetric: symmetric grids on both sides.
-        activations: ``"per_tensor"`` (static) or ``"per_token"`` (measured at run time).
-        batch_size: calibration images a forward pass.
-
-    Returns:
-        The quantized copy.
+        progress: unused; one pass over the data is all there is.
+        symmetric: grids without a zero point on both sides (attention probabilities, which are never negative, then
+            have an unsigned one).
+        activations: ``"per_tensor"`` (static) or ``"per_token"`` (inputs of Linear layers measured at run time, for
+            each token on its own). Attention products stay per tensor.
 
     Raises:
-        ValueError: for another choice of ``activations``, or see :func:`s2d.ptq.prepare.prepare` and
-            :func:`s2d.ptq.prepare.calibrate_inputs`.
+        ValueError: for another choice of ``activations``, inputs that are not finite, or a site that the data misses.
 
     Paper: Table 9 (RTN).
     """
-    if activations not in ("per_tensor", "per_token"):
-        raise ValueError(f"activations is {activations!r}: choose 'per_tensor' or 'per_token'")
-    off = w_bits in SWITCHED_OFF, a_bits in SWITCHED_OFF
-    make_weight = partial(AffineQuantizer, w_bits, symmetric=symmetric, granularity="per_channel")
-    make_input = partial(AffineQuantizer, a_bits, symmetric=symmetric, granularity=activations)
-    quantized = prepare(
-        model, (lambda: None) if off[0] else make_weight, (lambda: None) if off[1] else make_input, calibration[:2]
-    )
-    calibrate_inputs(quantized, calibration.split(batch_size))
-    for layer in quantized_layers(quantized).values():
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.observe(layer.linear.weight)
-            layer.weight_quantizer.freeze()
-            layer.linear.weight.copy_(layer.weight_quantizer(layer.linear.weight))
-        layer.mode = "quantized"
-    return quantized
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if a_bits not in SWITCHED_OFF:
+        for site in quantized_layers(model).values():
+            if not isinstance(site, CONVOLUTIONS):
+                site.input_quantizer = AffineQuantizer(a_bits, symmetric=symmetric, granularity=activations)
+        for product in products(model).values():
+            signed = product.kind == "qk"
+            product.left_quantizer = AffineQuantizer(a_bits, symmetric=symmetric and signed)
+            product.right_quantizer = AffineQuantizer(a_bits, symmetric=symmetric)
+        _observe_inputs(model, batches)
+    if w_bits not in SWITCHED_OFF:
+        round_weights(model, w_bits, symmetric=symmetric)
+
+
+def _observe_inputs(model: nn.Module, batches: list[Any]) -> None:
+    chosen: list[Site] = [site for site in quantized_layers(model).values() if site.input_quantizer is not None]
+    chosen += products(model).values()
+
+    def observe(site: Site, inputs: tuple[Tensor, ...]) -> None:
+        for quantizer, tensor in zip(site.input_quantizers(), inputs, strict=True):
+            quantizer.observe(tensor)
+
+    visit_sites(model, batches, observe, chosen)
+    for site in chosen:
+        for quantizer in site.input_quantizers():
+            quantizer.freeze()
+
+
+def round_weights(model: nn.Module, w_bits: int, *, symmetric: bool = False) -> None:
+    """Put every weight on a min-max grid per output channel, in place."""
+    for site in quantized_layers(model).values():
+        quantizer = AffineQuantizer(w_bits, symmetric=symmetric, granularity="per_channel")
+        quantizer.observe(site.weight)
+        quantizer.freeze()
+        site.weight_quantizer = quantizer
+        site.freeze_weight()

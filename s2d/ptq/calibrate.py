@@ -1,0 +1,275 @@
+"""Calibration data, and what each site sees of it in the floating-point model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.ptq.sites import Site, mode, sites
+from s2d.ptq.trace import call
+
+GIB = 2**30
+
+
+def split_batches(calibration: Any, batch_size: int) -> list[Any]:
+    """Cut calibration data into batches, each something the model can be called with.
+
+    Args:
+        calibration: a tensor ``(N, ...)``; a tuple (positional arguments) or a mapping (keyword arguments) of tensors
+            with the same N, other values being passed on as they are; or a list of such batches, taken as it is.
+        batch_size: N of a batch, at least 1.
+
+    Raises:
+        ValueError: for data of another form, that is empty, or that holds NaN or infinity.
+
+    Example:
+        >>> [len(batch) for batch in split_batches(torch.zeros(5, 3), 2)]
+        [2, 2, 1]
+
+    Paper: none.
+    """
+    if isinstance(calibration, list):
+        if not calibration:
+            raise ValueError("the calibration set is empty: give at least one image")
+        return [batch for part in calibration for batch in split_batches(part, _length(part) or 1)]
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: give at least 1")
+    n = _length(calibration)
+    if n == 0:
+        raise ValueError("the calibration set is empty: give at least one image")
+    for tensor in _tensors(calibration):
+        if not torch.isfinite(tensor).all():
+            raise ValueError("the calibration set holds NaN or infinity: check the images")
+    return [_slice(calibration, n, start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _length(batch: Any) -> int:
+    if not isinstance(batch, (Tensor, tuple, Mapping)):
+        raise ValueError(
+            f"calibration data is a {type(batch).__name__}: give a tensor, tuple, mapping, or a list of those"
+        )
+    lengths = {len(tensor) for tensor in _tensors(batch) if tensor.ndim}
+    if len(lengths) != 1:
+        raise ValueError(f"the tensors of the calibration data differ in length: {sorted(lengths)}")
+    return lengths.pop()
+
+
+def _slice(batch: Any, n: int, start: int, stop: int) -> Any:
+    def part(value):
+        return value[start:stop] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+
+    if isinstance(batch, Tensor):
+        return batch[start:stop]
+    if isinstance(batch, Mapping):
+        return {key: part(value) for key, value in batch.items()}
+    return tuple(part(value) for value in batch)
+
+
+def first_items(batches: list[Any], count: int = 2) -> Any:
+    """The first few items of the first batch, enough to see what a model is made of."""
+    return _slice(batches[0], _length(batches[0]), 0, count)
+
+
+@torch.no_grad()
+def visit_sites(
+    model: nn.Module, batches: Iterable[Any], visit: Callable[[Site, tuple[Tensor, ...]], None], only: Iterable[Site]
+) -> None:
+    """Run the floating-point model, and call ``visit(site, inputs)`` at every call of some of its sites.
+
+    Args:
+        model: a prepared model.
+        batches: see :func:`split_batches`.
+        visit: ``inputs`` is ``(x,)`` for a layer (after its input transform), ``(left, right)`` for a product.
+        only: the sites to visit.
+
+    Raises:
+        ValueError: naming the site, if its inputs are not finite or no batch reached it.
+
+    Paper: none.
+    """
+    only = list(only)
+    reached = set()
+
+    def seen(site: Site, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        _check_finite(site, inputs)
+        reached.add(site.name)
+        visit(site, inputs)
+        return output
+
+    with mode(model, "observe", only, seen):
+        for batch in batches:
+            call(model, batch)
+    _check_reached(only, reached)
+
+
+def _check_finite(site: Site, inputs: tuple[Tensor, ...]) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in inputs):
+        raise ValueError(f"{site.name}: its inputs hold NaN or infinity: check the images and the model's forward pass")
+
+
+def _check_reached(only: Iterable[Site], reached: set[str]) -> None:
+    missed = [site.name for site in only if site.name not in reached]
+    if missed:
+        raise ValueError(
+            f"the calibration data never reached {', '.join(missed[:5])}{' and others' if len(missed) > 5 else ''}: "
+            "give data that does, or leave such layers in floating point with exclude="
+        )
+
+
+@dataclass
+class Seen:
+    """What one site saw of all the calibration data.
+
+    Attributes:
+        site: the site.
+        inputs: ``(x,)`` or ``(left, right)``, all batches along the first dimension.
+        output: its floating-point output; None unless gradients were asked for.
+        gradient: the loss's gradient at the output, of the output's shape; None unless asked for.
+    """
+
+    site: Site
+    inputs: tuple[Tensor, ...]
+    output: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+def site_inputs(
+    model: nn.Module,
+    batches: list[Any],
+    only: Iterable[Site] | None = None,
+    *,
+    loss: Callable[[Any, int], Tensor] | None = None,
+    memory: float = 1 * GIB,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[Seen]:
+    """Everything each site sees in the floating-point model, some sites at a time.
+
+    As many sites are collected in one pass over the data as fit into ``memory``, at least one; so what is held is
+    bounded by that or by one site's activations, whichever is larger, and small models take a single pass.
+
+    Args:
+        model: a prepared model. It may be changed between two sites as long as its function stays the same.
+        batches: see :func:`split_batches`.
+        only: the sites, in the order wanted; all by default.
+        loss: ``loss(output, index of the batch)``, a scalar; with it, outputs and gradients are collected as well.
+        memory: bytes.
+        progress: called with a line of text for each site.
+
+    Yields:
+        One :class:`Seen` a site.
+
+    Raises:
+        ValueError: naming the site, if its inputs are not finite or no batch reached it.
+
+    Paper: none.
+    """
+    waiting = list(sites(model).values() if only is None else only)
+    sizes = _sizes(model, batches, waiting, with_output=loss is not None)
+    done = 0
+    while waiting:
+        group, held = [waiting.pop(0)], 0.0
+        held = sizes[group[0].name]
+        while waiting and held + sizes[waiting[0].name] <= memory:
+            held += sizes[waiting[0].name]
+            group.append(waiting.pop(0))
+        found = _collect(model, batches, group, loss)
+        for site in group:
+            done += 1
+            if progress is not None:
+                progress(f"{site.name} ({done}/{len(sizes)})")
+            yield found.pop(site.name)
+
+
+def _sizes(model: nn.Module, batches: list[Any], only: list[Site], *, with_output: bool) -> dict[str, float]:
+    """Bytes that each site's inputs (and output with gradient) will take."""
+    sizes: dict[str, float] = {}
+    items = sum(_length(batch) for batch in batches)
+    probe = first_items(batches, 1)
+
+    def measure(site: Site, inputs: tuple[Tensor, ...]) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+        if with_output:  # the output may be wider than the inputs
+            rows = getattr(site, "out_features", 0) / max(getattr(site, "in_features", 1), 1)
+            size *= 1 + 2 * max(rows, 1)
+        sizes[site.name] = sizes.get(site.name, 0.0) + size * items
+
+    try:
+        visit_sites(model, [probe], measure, only)
+    except ValueError:  # the first item alone may miss a branch; collecting says so if all of them do
+        sizes = {site.name: sizes.get(site.name, 0.0) for site in only}
+    return sizes
+
+
+def _collect(
+    model: nn.Module, batches: list[Any], group: list[Site], loss: Callable[[Any, int], Tensor] | None
+) -> dict[str, Seen]:
+    kept: dict[str, list[tuple]] = {site.name: [] for site in group}
+    if loss is None:
+        visit_sites(model, batches, lambda site, inputs: kept[site.name].append((inputs, None, None)), group)
+    else:
+        for index, batch in enumerate(batches):
+            _collect_gradients(model, batch, index, group, loss, kept)
+        _check_reached(group, {name for name, calls in kept.items() if calls})
+    return {site.name: _joined(site, kept.pop(site.name)) for site in group}
+
+
+def _joined(site: Site, calls: list[tuple]) -> Seen:
+    """All calls along the first dimension; ragged ones (windows, sequences of another length) as rows."""
+    inputs, outputs, gradients = zip(*calls, strict=True)
+    columns = [_cat(column) for column in zip(*inputs, strict=True)]
+    if outputs[0] is None:
+        return Seen(site, tuple(columns))
+    return Seen(site, tuple(columns), _cat(outputs), _cat(gradients))
+
+
+def _cat(tensors: Iterable[Tensor]) -> Tensor:
+    tensors = list(tensors)
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({tensor.shape[1:] for tensor in tensors}) > 1:
+        if len({tensor.shape[-1] for tensor in tensors}) > 1:
+            raise ValueError("calibration batches of different sequence lengths: pad them to one length")
+        tensors = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    return torch.cat(tensors)
+
+
+def _collect_gradients(
+    model: nn.Module,
+    batch: Any,
+    index: int,
+    group: list[Site],
+    loss: Callable[[Any, int], Tensor],
+    kept: dict[str, list[tuple]],
+) -> None:
+    calls: list[tuple[Site, tuple[Tensor, ...], Tensor, Tensor]] = []
+
+    def seen(site: Site, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        _check_finite(site, inputs)
+        # A zero that needs its gradient: the graph starts here, whatever the model's own parameters need.
+        zero = torch.zeros_like(output, requires_grad=True)
+        calls.append((site, tuple(tensor.detach() for tensor in inputs), output.detach(), zero))
+        return output + zero
+
+    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in needed:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad(), mode(model, "observe", group, seen):
+            value = loss(call(model, batch), index)
+            gradients = torch.autograd.grad(value, [zero for *_, zero in calls], allow_unused=True)
+    finally:
+        for parameter, flag in needed.items():
+            parameter.requires_grad_(flag)
+    for (site, inputs, output, zero), gradient in zip(calls, gradients, strict=True):
+        kept[site.name].append((inputs, output, torch.zeros_like(zero) if gradient is None else gradient))

@@ -1,0 +1,494 @@
+r"""Rotations of what is quantized: outliers are spread over all channels, and the model's function stays as it is.
+
+.. math:: y = (W R^T)(R x), \qquad q^T k = (R q)^T (R k), \qquad R^T R = I
+
+The rotated input is made online, at every call: that is the price (:func:`rotation_flops`). Used as a transform:
+
+    >>> from functools import partial
+    >>> from s2d.ptq import quantize
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
+    >>> options = {"w_bits": 4, "a_bits": 4, "calibration": torch.randn(32, 8)}
+    >>> quantized = quantize(model, transforms=[partial(rotate, kind="learned", seed=1)], **options)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from s2d.ptq.calibrate import first_items, site_inputs, visit_sites
+from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, check_bits
+from s2d.ptq.sites import QuantizedLinear, QuantizedProduct, Site, products, quantized_layers
+from s2d.ptq.trace import call, tensors_of
+
+KINDS = ("hadamard", "learned")
+# Up to here one dense product is faster than two small ones (CPU, float32; benchmarks/online_rotation.py).
+DENSE_WIDTH = 64
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}: choose one of {', '.join(KINDS)}")
+
+
+def _check_count(value: int, name: str, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}: give a whole number, {least} or more")
+
+
+# --- the matrix ---
+
+
+def hadamard(n: int) -> Tensor:
+    """The orthonormal Hadamard matrix of Sylvester's construction, in float64.
+
+    Args:
+        n: a power of two.
+
+    Returns:
+        ``(n, n)``, symmetric, entries plus and minus ``n ** -0.5``.
+
+    Raises:
+        ValueError: for an n that is no power of two.
+
+    Example:
+        >>> hadamard(4)[1]
+        tensor([ 0.5000, -0.5000,  0.5000, -0.5000], dtype=torch.float64)
+
+    Paper: none.
+    """
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"n is {n}: a Hadamard matrix of this construction needs a power of two")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(n)
+
+
+def hartley(n: int) -> Tensor:
+    r"""The orthonormal matrix of the discrete Hartley transform, :math:`(\cos + \sin)(2 \pi i j / n) / \sqrt n`, in float64.
+
+    What stands in for a Hadamard matrix at odd sizes: no entry exceeds ``sqrt(2 / n)``, so one channel is spread over
+    all of them, where a random orthogonal matrix of size 3 may have an entry near 1.
+
+    Example:
+        >>> torch.allclose(hartley(3) @ hartley(3), torch.eye(3).double())
+        True
+
+    Paper: none.
+    """
+    i = torch.arange(n, dtype=torch.float64)
+    angle = 2 * math.pi / n * (torch.outer(i, i) % n)  # reduced first: exact for any n
+    return (angle.cos() + angle.sin()) / math.sqrt(n)
+
+
+def _kronecker_sizes(width: int) -> tuple[int, int]:
+    """Sizes of the left (a power of two) and the right factor, chosen for the least work."""
+    if width <= DENSE_WIDTH:
+        return 1, width
+    lefts = [2**i for i in range(width.bit_length()) if width % 2**i == 0]
+    left = min(lefts, key=lambda size: size + width // size)
+    return left, width // left
+
+
+def _small_factor(size: int) -> Tensor:
+    """Hadamard of the power of two in ``size``, Kronecker Hartley of the odd rest."""
+    power = size & -size
+    return torch.kron(hadamard(power), hartley(size // power))
+
+
+class Rotation(nn.Module):
+    r"""x -> R x along one dimension, R orthogonal.
+
+    ``"hadamard"``: R = (H Kronecker F) D. D is random signs, H a Hadamard matrix of the largest power of two in the
+    width, F the Hartley matrix of the odd rest (768 = 256 x 3). It is computed as two products with matrices of about
+    the root of the width, which is faster than the butterflies of a fast Walsh-Hadamard transform in torch, and as one
+    dense product at small widths. ``"learned"``: R is a plain matrix; it starts as the Hadamard rotation of the seed.
+
+    Args:
+        width: size of the dimension, at least 1.
+        kind: ``"hadamard"`` or ``"learned"``.
+        seed: of the signs.
+        dim: the dimension, counted from the end (-2 for transposed keys).
+
+    Attributes:
+        signs: ``(width,)``, of the Hadamard kind.
+        matrix: ``(width, width)``, R of the learned kind.
+
+    Raises:
+        ValueError: for another kind, or a width or dimension out of range; when called, for data of another width.
+
+    Example:
+        >>> rotation = Rotation(12, seed=1)
+        >>> x = torch.randn(5, 12)
+        >>> torch.allclose(rotation(x).norm(dim=-1), x.norm(dim=-1))
+        True
+        >>> again = Rotation(**rotation.config())
+        >>> again.load_state_dict(rotation.state_dict())
+        <All keys matched successfully>
+
+    Paper: appendix D (online rotations, which S2D does without).
+    """
+
+    def __init__(self, width: int, *, kind: str = "hadamard", seed: int = 0, dim: int = -1) -> None:
+        super().__init__()
+        _check_count(width, "width", 1)
+        _check_kind(kind)
+        if dim >= 0:
+            raise ValueError(f"dim is {dim}: count from the end, -1 for the last")
+        self.width, self.kind, self.seed, self.dim = width, kind, seed, dim
+        generator = torch.Generator().manual_seed(seed)
+        signs = (2 * torch.randint(2, (width,), generator=generator) - 1).to(torch.float32)
+        left, right = (_small_factor(size) for size in _kronecker_sizes(width))
+        if kind == "learned":
+            self.register_buffer("matrix", (torch.kron(left, right) * signs).float())
+            return
+        self.register_buffer("signs", signs)
+        self.register_buffer("left", left.float(), persistent=False)
+        self.register_buffer("right", right.float(), persistent=False)
+
+    def config(self) -> dict[str, Any]:
+        """The keyword arguments, fit for JSON, that build this rotation again; a learned matrix is in the state dict."""
+        return {"width": self.width, "kind": self.kind, "seed": self.seed, "dim": self.dim}
+
+    def dense(self) -> Tensor:
+        """R itself, ``(width, width)``."""
+        if self.kind == "learned":
+            return self.matrix
+        return self._rotate(torch.eye(self.width, dtype=self.signs.dtype, device=self.signs.device)).T.contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[self.dim] != self.width:
+            raise ValueError(f"the data has {x.shape[self.dim]} channels, the rotation {self.width}")
+        return self._rotate(x) if self.dim == -1 else self._rotate(x.movedim(self.dim, -1)).movedim(-1, self.dim)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        if self.kind == "learned":
+            return F.linear(x, self.matrix.to(x.dtype))
+        # The factors are orthonormal one by one, so nothing in between exceeds the norm of x: safe in half precision.
+        x = x * self.signs.to(x.dtype)
+        right = self.right.to(x.dtype)
+        if len(self.left) == 1:
+            return F.linear(x, right)
+        blocks = F.linear(x.unflatten(-1, (len(self.left), len(right))), right)
+        return torch.matmul(self.left.to(x.dtype), blocks).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, {self.kind}" + (f", dim={self.dim}" if self.dim != -1 else "")
+
+
+def rotation_flops(width: int, kind: str = "hadamard") -> int:
+    """Additions and multiplications that rotating one token takes online.
+
+    Of the Hadamard kind they are those of the fast transform: the signs, log2 of the power of two in the width
+    additions a channel, and a dense product with the odd rest. Normalising is free: it can be part of the weight. The
+    Linear layer after it takes ``2 * width * out_features``.
+
+    Args:
+        width: channels, at least 1.
+        kind: ``"hadamard"`` or ``"learned"`` (a dense product).
+
+    Raises:
+        ValueError: for another kind, or a width below 1.
+
+    Example:
+        >>> rotation_flops(1024), rotation_flops(768), rotation_flops(768, "learned")
+        (11264, 10752, 1178880)
+
+    Paper: appendix D (the cost that S2D does not have).
+    """
+    _check_count(width, "width", 1)
+    _check_kind(kind)
+    if kind == "learned":
+        return width * (2 * width - 1)
+    power = width & -width
+    odd = width // power
+    return width * (1 + power.bit_length() - 1 + (2 * odd - 1 if odd > 1 else 0))
+
+
+# --- the transform ---
+
+
+def rotate(
+    model: nn.Module,
+    batches: list[Any],
+    *,
+    kind: str = "hadamard",
+    seed: int = 0,
+    heads: bool = True,
+    share: bool = True,
+    bits: int = 4,
+    steps: int = 60,
+    rows: int = 1024,
+    max_learned: int = 1024,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    r"""Rotate the input of every Linear layer, and the queries with the keys of every attention; a transform.
+
+    .. math:: x' = R x, \quad W' = W R^T, \quad q' = R_h q, \quad k' = R_h k
+
+    The product of probabilities and values is left alone: probabilities must stay where they are (the softmax has no
+    channels to mix), and rotated values would need the inverse after the product, once more online or in the weights
+    of a layer that need not be there. Convolutions keep their weights, as their inputs stay in floating point.
+
+    Learned rotations minimise the sum of the relative squared quantization errors of the rotated input (per tensor)
+    and of the rotated weight (per row; the mean over layers that share R) on asymmetric min-max grids, from the
+    Hadamard rotation of the same seed. That start stays wherever learning finds nothing better on all the data.
+
+    Args:
+        model: a prepared model, changed in place; its function stays as it is.
+        batches: calibration data (:func:`s2d.ptq.calibrate.split_batches`).
+        kind: ``"hadamard"`` (random signs, then a fast transform) or ``"learned"`` (a dense matrix).
+        seed: of the signs, and of the rows learned from.
+        heads: whether queries and keys are rotated, along the channels of a head.
+        share: layers that read the same norm share one rotation, so that it need be computed but once.
+        bits: 2 to 8, of the grids to learn for.
+        steps: of learning, at least 1.
+        rows: tokens a rotation is learned from: one half those of largest norm, which set the range, the other random.
+        max_learned: wider inputs keep their Hadamard rotation, as dense ones cost more than the layer itself.
+        progress: called with a line of text for each rotation learned.
+
+    Raises:
+        ValueError: for an option out of range, a model that is rotated already, or one whose queries and keys do not
+            stand as expected (which shows in its output).
+
+    Example:
+        >>> from s2d.ptq.prepare import prepare
+        >>> model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2)).eval(), torch.randn(4, 8)
+        >>> rotated = prepare(model, x)
+        >>> rotate(rotated, [x])
+        >>> torch.allclose(rotated(x), model(x), atol=1e-5)
+        True
+
+    Cost: online, :func:`rotation_flops` a token. Learning: ``steps`` times a solve of the width cubed and a product
+    of width squared by ``rows``, for each rotation.
+
+    Paper: appendix D (QuaRot, SpinQuant: combined with S2D and compared).
+    """
+    _check_kind(kind)
+    _check_count(steps, "steps", 1)
+    _check_count(rows, "rows", 1)
+    _check_count(max_learned, "max_learned", 1)
+    if check_bits(bits, "bits") in SWITCHED_OFF:
+        raise ValueError(f"bits is {bits}: choose 2 to 8")
+    groups = _linear_groups(model, share)
+    shapes = _head_shapes(model, batches) if heads else {}
+    probe = first_items(batches)
+    before = _outputs(model, probe)
+
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**31, (len(groups) + len(shapes),), generator=generator).tolist()
+    chosen: dict[Site, Rotation] = {}
+    for site, one in zip([*groups, *shapes], seeds, strict=True):
+        width = site.in_features if site in groups else shapes[site][0]
+        device = site.weight.device if site in groups else next(model.parameters()).device
+        chosen[site] = Rotation(width, seed=one).to(device)
+    if kind == "learned":
+        chosen |= _learned(model, batches, groups, shapes, chosen, bits, steps, rows, max_learned, progress)
+    for site, rotation in chosen.items():
+        if site in groups:
+            _rotate_layers(groups[site], rotation)
+        else:
+            _rotate_product(site, rotation, shapes[site][1])
+    _check_function(before, _outputs(model, probe))
+
+
+def _linear_groups(model: nn.Module, share: bool) -> dict[QuantizedLinear, list[QuantizedLinear]]:
+    """The layers that get one rotation, under the first of them."""
+    layers = [site for site in quantized_layers(model).values() if isinstance(site, QuantizedLinear)]
+    groups: dict[str, list[QuantizedLinear]] = {}
+    for site in layers:
+        if site.input_transform is not None:
+            raise ValueError(f"layer {site.name} has an input transform already: rotate a model once")
+        key = f"norm {site.norm}" if share and site.norm is not None else site.name
+        groups.setdefault(key, []).append(site)
+    return {group[0]: group for group in groups.values()}
+
+
+def _head_shapes(model: nn.Module, batches: list[Any]) -> dict[QuantizedProduct, tuple[int, int]]:
+    """Channels of a head, and the dimension of the right factor that holds them, for the products of queries and keys."""
+    shapes: dict[QuantizedProduct, tuple[int, int]] = {}
+
+    def see(site: QuantizedProduct, inputs: tuple[Tensor, ...]) -> None:
+        width, right = inputs[0].shape[-1], inputs[1].shape
+        # Keys come transposed; those of an einsum need not.
+        dim = next((dim for dim in (-2, -1) if right[dim] == width), None)
+        if dim is not None:
+            shapes[site] = (width, dim)
+
+    visit_sites(model, [first_items(batches)], see, [site for site in products(model).values() if site.kind == "qk"])
+    return shapes
+
+
+@torch.no_grad()
+def _rotate_layers(layers: list[QuantizedLinear], rotation: Rotation) -> None:
+    for site in layers:
+        # Rows of W R^T are R times the rows of W. At least in float32: half precision rounds once, at the end.
+        site.weight.copy_(rotation(site.weight.to(torch.promote_types(site.weight.dtype, torch.float32))))
+        site.input_transform = rotation
+        site.after = None  # no longer a GELU's or a norm's output
+
+
+def _rotate_product(site: QuantizedProduct, rotation: Rotation, right_dim: int) -> None:
+    site.left_transform, site.right_transform = rotation, copy.deepcopy(rotation)
+    site.right_transform.dim = right_dim
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_of(call(model, batch)) if tensor.is_floating_point()]
+
+
+def _check_function(before: list[Tensor], after: list[Tensor]) -> None:
+    for expected, found in zip(before, after, strict=True):
+        tolerance = 1e-3 if torch.finfo(expected.dtype).bits >= 32 else 0.1
+        expected, found = expected.float(), found.float()
+        if not torch.linalg.norm(found - expected) <= tolerance * torch.linalg.norm(expected) + 1e-6:
+            raise ValueError(
+                "rotating changed the model's output: its queries and keys are not multiplied along their last "
+                "dimension; rotate with heads=False"
+            )
+
+
+# --- learning ---
+
+
+def _learned(
+    model: nn.Module,
+    batches: list[Any],
+    groups: dict[QuantizedLinear, list[QuantizedLinear]],
+    shapes: dict[QuantizedProduct, tuple[int, int]],
+    starts: dict[Site, Rotation],
+    bits: int,
+    steps: int,
+    rows: int,
+    max_learned: int,
+    progress: Callable[[str], None] | None,
+) -> dict[Site, Rotation]:
+    """The learned rotations by site, none for inputs that are too wide."""
+    found: dict[Site, Rotation] = {}
+    narrow = [site for site, rotation in starts.items() if rotation.width <= max_learned]
+    for seen in site_inputs(model, batches, narrow, progress=progress):
+        site = seen.site
+        if site in groups:
+            terms = [(_rows(seen.inputs[0], -1), False, 1.0)]
+            terms += [(layer.weight.detach().float(), True, 1 / len(groups[site])) for layer in groups[site]]
+        else:
+            left, right = seen.inputs
+            terms = [(_rows(left, -1), False, 1.0), (_rows(right, shapes[site][1]), False, 1.0)]
+        found[site] = learn_rotation(starts[site], terms, bits=bits, steps=steps, rows=rows)
+    return found
+
+
+def _rows(x: Tensor, dim: int) -> Tensor:
+    x = x.detach().movedim(dim, -1)
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+Terms = list[tuple[Tensor, bool, float]]
+
+
+def rotation_error(matrix: Tensor, terms: Terms, bits: int) -> Tensor:
+    """The relative squared quantization errors of data rotated by a matrix, summed.
+
+    Args:
+        matrix: R, ``(n, n)``.
+        terms: ``(x, per_row, weight)``: data ``(N, n)``, whether each row has a grid of its own (else all share one),
+            and the factor of its error in the sum.
+        bits: of the asymmetric min-max grids.
+
+    Returns:
+        A scalar. Its gradient is that of the straight-through estimator, which sees the step alone: the squared error
+        is the squared step times a rounding residual that is taken as constant.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # on the grid of 2 bits as it is
+        >>> rotation_error(torch.eye(2), [(x, False, 1.0)], 2)
+        tensor(0.)
+
+    Paper: none.
+    """
+    total = matrix.new_zeros(())
+    for x, per_row, weight in terms:
+        rotated = x @ matrix.T
+        low, high = (rotated.amin(1), rotated.amax(1)) if per_row else (rotated.amin(), rotated.amax())
+        step = (high.clamp(min=0) - low.clamp(max=0)) / (2**bits - 1)
+        quantizer = AffineQuantizer(bits, granularity="per_channel" if per_row else "per_tensor")
+        with torch.no_grad():
+            quantizer.observe(rotated)
+            quantizer.freeze()
+            squares = (quantizer(rotated) - rotated).square()
+            squares = squares.sum(1) if per_row else squares.sum()
+            residual = squares / step.square().clamp(min=torch.finfo(step.dtype).tiny)
+        error = (step.square() * residual).sum()
+        total = total + weight * error / x.square().sum().clamp(min=torch.finfo(x.dtype).tiny)
+    return total
+
+
+def learn_rotation(start: Rotation, terms: Terms, *, bits: int, steps: int, rows: int) -> Rotation:
+    """Adam on the orthogonal matrices, from a rotation; the best matrix seen, or the start where none is better.
+
+    Args:
+        start: any rotation; its seed picks the random rows.
+        terms, bits: see :func:`rotation_error`.
+        steps: of Adam.
+        rows: learned from, of each term that shares one grid; the start is compared with the result on all rows.
+
+    Returns:
+        A learned rotation.
+
+    Paper: none (the idea of SpinQuant, on a loss that needs neither labels nor the rest of the model).
+    """
+    generator = torch.Generator().manual_seed(start.seed)
+    sample = [(x if per_row else _sample(x, rows, generator), per_row, weight) for x, per_row, weight in terms]
+    learned = Rotation(start.width, kind="learned", seed=start.seed).to(sample[0][0].device)
+    initial = start.dense().float()
+    learned.matrix.copy_(initial)
+    if start.width == 1:
+        return learned
+    best = _descend(initial, sample, bits, steps)
+    with torch.no_grad():
+        if rotation_error(best, terms, bits) < rotation_error(initial, terms, bits):
+            learned.matrix.copy_(best)
+    return learned
+
+
+def _sample(x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    if len(x) <= rows:
+        return x
+    order = x.norm(dim=1).argsort(descending=True, stable=True)
+    loud, rest = order[: rows // 2], order[rows // 2 :]
+    picked = torch.randperm(len(rest), generator=generator)[: rows - len(loud)].to(x.device)
+    return x[torch.cat([loud, rest[picked]])]
+
+
+LEARNING_RATE = 0.02
+
+
+@torch.enable_grad()
+def _descend(initial: Tensor, sample: Terms, bits: int, steps: int) -> Tensor:
+    """The matrix of least error on the way, orthogonal to the last digit."""
+    box = nn.Module()
+    box.weight = nn.Parameter(initial.clone())
+    orthogonal(box, "weight", orthogonal_map="cayley", use_trivialization=True)
+    optimizer = torch.optim.Adam(box.parameters(), lr=LEARNING_RATE / math.sqrt(len(initial)))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    least, best = math.inf, initial
+    for _ in range(steps):
+        matrix = box.weight
+        error = rotation_error(matrix, sample, bits)
+        if error.item() < least:
+            least, best = error.item(), matrix.detach().clone()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        schedule.step()
+    left, _, right = torch.linalg.svd(best.double())
+    return (left @ right).to(best.dtype)

@@ -1,0 +1,310 @@
+"""A forward pass, watched: which layers, products and norms a model has, and what feeds what.
+
+Nothing here knows the name of any architecture. A model is run while every torch function it calls is seen, with
+the module that calls it; results carry a mark of where they came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from s2d.layers import _is_conv1d_of_gpt2
+from s2d.ptq.attention import call_kind
+from s2d.ptq.sites import _ATTENTION, CONVOLUTIONS, factors
+
+MARK = "_s2d_origin"
+
+# Functions that move entries about, and leave each one, and the channels' place at the end, as they are.
+_MOVES = {
+    "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "to",
+    "clone", "type_as", "float", "half", "bfloat16", "double", "expand", "repeat", "roll", "dropout", "__getitem__",
+    "select", "detach", "view_as", "flip", "index_select", "pad", "_pad", "movedim", "swapaxes", "narrow", "alias",
+}  # fmt: skip
+_WITH_WEIGHTS = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear,
+    F.multi_head_attention_forward, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.einsum, torch.mm, Tensor.mm,
+    torch.addmm, torch.bmm, Tensor.bmm, torch.baddbmm,
+    *filter(None, [getattr(torch, "_grouped_mm", None)]),  # experts; not in every torch
+}  # fmt: skip
+
+
+@dataclass
+class Origin:
+    """Where a tensor came from: a GELU, or a norm (by name)."""
+
+    kind: str
+    norm: str | None = None
+
+
+@dataclass
+class Trace:
+    """What the forward passes showed.
+
+    Attributes:
+        layers: name to module, the Linear layers and convolutions that were called as such, in the order of calls.
+        after: layer to ``"gelu"`` or ``"norm"`` where its input came straight from one.
+        norm: layer to the norm that feeds it, if that norm feeds Linear layers only.
+        plans: attention to its products in the order of one call, each ``"qk"``, ``"pv"`` or None (neither).
+        kinds: ``nn.MultiheadAttention`` to how it is called (see :data:`s2d.ptq.attention.KINDS`).
+        direct: module to its Linear layers whose weight it uses without calling them.
+        uncalled: layers that exist and were not called.
+        left_out: what computes with weights or multiplies activations and is none of the above, one line each.
+    """
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    after: dict[str, str] = field(default_factory=dict)
+    norm: dict[str, str] = field(default_factory=dict)
+    plans: dict[str, list[str | None]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    direct: dict[str, list[str]] = field(default_factory=dict)
+    uncalled: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a Linear layer or a convolution whose forward is the plain product."""
+    plain = next((kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(module, kind)), None)
+    return _is_conv1d_of_gpt2(module) or (plain is not None and type(module).forward is plain.forward)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    named = type(module).__name__.lower().endswith(("layernorm", "rmsnorm", "layernorm2d"))
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or (named and not list(module.children()))
+
+
+class _Watcher(TorchFunctionMode):
+    """The mode that sees every torch function; with hooks that keep the stack of modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.parameters = {id(p): name for name, p in model.named_parameters()}
+        self.stack: list[nn.Module] = [model]
+        self.trace = Trace()
+        self.consumers: dict[str, list[str]] = {}
+        self.shared_norms: set[str] = set()  # norms whose output something other than a Linear layer reads
+        self.made: dict[str, list[list[str | None]]] = {}  # module to the products of each of its calls
+
+    # --- modules
+
+    def entered(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.stack.append(module)
+        name = self.names[module]
+        self.made.setdefault(name, []).append([])
+        if isinstance(module, nn.MultiheadAttention):
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            kind = call_kind(named["query"], named["key"], named["value"])
+            if self.trace.kinds.setdefault(name, kind) != kind:
+                raise ValueError(f"attention {name} is called with queries, keys and values shared in different ways")
+        elif is_layer(module):
+            self._called(name, module, (*args, *kwargs.values())[0])
+
+    def _called(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        self.trace.layers.setdefault(name, layer)
+        origin = getattr(x, MARK, None)
+        if origin is not None:
+            self.trace.after[name] = origin.kind
+            if origin.norm is not None:
+                self.consumers.setdefault(origin.norm, []).append(name)
+        else:  # perhaps a later call, with another origin
+            self.trace.after.pop(name, None)
+
+    def left(self, module: nn.Module, args: tuple, output) -> None:
+        self.stack.pop()
+        if _is_norm(module) and isinstance(output, Tensor):
+            setattr(output, MARK, Origin("norm", self.names[module]))
+
+    # --- functions
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (list, tuple)) else [a])]
+        tensors = [t for t in tensors if isinstance(t, Tensor)]
+        marks = [(t, getattr(t, MARK)) for t in tensors if getattr(t, MARK, None) is not None]
+        direct = function is F.linear and self._direct(args, kwargs)
+        if not direct:
+            self._contraction(function, args, kwargs)
+        result = function(*args, **kwargs)
+        if isinstance(result, (Tensor, tuple, list)) and not direct:
+            self._pass_on(function, marks, result)
+        return result
+
+    def _pass_on(self, function, marks: list[tuple[Tensor, Origin]], result) -> None:
+        name = getattr(function, "__name__", "")
+        if name == "__get__":  # a property; .T and .mT change the place of the channels, the others give no data
+            return
+        if isinstance(result, Tensor):
+            if function is F.gelu:
+                setattr(result, MARK, Origin("gelu"))
+            elif hasattr(result, MARK) and not (name in _MOVES and marks):
+                delattr(result, MARK)  # changed in place
+        innermost = self.stack[-1]
+        for tensor, origin in marks:
+            if name in _MOVES and isinstance(result, Tensor) and _keeps_channels(name, tensor, result):
+                setattr(result, MARK, origin)
+            elif origin.norm is not None and not (is_layer(innermost) or self.names[innermost] == origin.norm):
+                self.shared_norms.add(origin.norm)
+
+    def _direct(self, args: tuple, kwargs: dict) -> bool:
+        """Whether this is a module's own use of the weight of one of its Linear layers."""
+        owner = self.stack[-1]
+        named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+        for child, layer in owner.named_children():
+            if isinstance(layer, nn.Linear) and is_layer(layer) and layer.weight is named["weight"]:
+                known = self.trace.direct.setdefault(self.names[owner], [])
+                if child not in known:
+                    known.append(child)
+                self._called(self.names[layer], layer, named["input"])
+                return True
+        return False
+
+    def _contraction(self, function, args: tuple, kwargs: dict) -> None:
+        owner = self.stack[-1]
+        calls = self.made.setdefault(self.names[owner], [[]])
+        if function is _ATTENTION:
+            calls[-1] += ["qk", "pv"]
+            return
+        places = factors(function, args)
+        if places is not None:
+            calls[-1].append("pv" if _are_probabilities(args[places[0]]) else None)
+            return
+        if function not in _WITH_WEIGHTS or is_layer(owner) or isinstance(owner, nn.MultiheadAttention):
+            return
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        whole = [t if t._base is None else t._base for t in given]  # a view of a parameter counts as it
+        named = [self.parameters[id(t)] for t in whole if id(t) in self.parameters]
+        if named:
+            weights = ", ".join(named)
+            self._leave_out(f"{function.__name__} with {weights}, called directly by {self._label(owner)}")
+
+    def _label(self, module: nn.Module) -> str:
+        return f"{self.names[module] or 'the model'} ({type(module).__name__})"
+
+    def _leave_out(self, line: str) -> None:
+        if line not in self.trace.left_out:
+            self.trace.left_out.append(line)
+
+    # --- the end
+
+    def finish(self, model: nn.Module, output) -> Trace:
+        trace = self.trace
+        for tensor in tensors_of(output):  # the caller reads it too
+            origin = getattr(tensor, MARK, None)
+            if origin is not None and origin.norm is not None:
+                self.shared_norms.add(origin.norm)
+        for norm, layers in self.consumers.items():
+            if norm not in self.shared_norms:
+                trace.norm |= dict.fromkeys(layers, norm)
+        for name, calls in self.made.items():
+            plans = [_paired(call) for call in calls if call]
+            if not plans:
+                continue
+            if any(plan != plans[0] for plan in plans):
+                raise ValueError(f"module {name} makes other products in one call than in another: exclude it")
+            module = model.get_submodule(name)
+            if any(plans[0]):
+                trace.plans[name] = plans[0]
+            for _ in filter(lambda kind: kind is None, plans[0]):
+                self._leave_out(f"a product of two activations that is no attention, in {self._label(module)}")
+        for name, module in model.named_modules():
+            if is_layer(module) and name not in trace.layers:
+                inside = any(name.startswith(f"{attention}.") for attention in trace.kinds)
+                if not inside:
+                    trace.uncalled.append(name)
+            elif isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not is_layer(module):
+                self._leave_out(f"{self._label(module)} has a forward of its own")
+        return trace
+
+
+def _keeps_channels(name: str, before: Tensor, after: Tensor) -> bool:
+    """Whether the last dimension is still the channels, none added."""
+    if name in ("transpose", "permute", "movedim", "swapaxes"):
+        return after.shape[-1:] == before.shape[-1:] and after.stride()[-1:] == before.stride()[-1:]
+    return after.shape == before.shape if name.endswith("pad") else after.shape[-1:] == before.shape[-1:]
+
+
+def _are_probabilities(tensor: Tensor) -> bool:
+    total = tensor.float().sum(-1)
+    return bool((tensor >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)
+
+
+def _paired(call: list[str | None]) -> list[str | None]:
+    """Mark the product before each product with probabilities as the one that made them."""
+    paired = list(call)
+    for position, kind in enumerate(call):
+        if kind == "pv" and position > 0 and paired[position - 1] is None:
+            paired[position - 1] = "qk"
+    return paired
+
+
+def tensors_of(output) -> list[Tensor]:
+    """The tensors of a model's output, which may be nested in tuples and mappings."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict) or hasattr(output, "values"):
+        output = list(output.values())
+    return [t for part in output for t in tensors_of(part)] if isinstance(output, (tuple, list)) else []
+
+
+def call(model: nn.Module, batch):
+    """The model's output for a batch: a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(batch, dict) or hasattr(batch, "keys"):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+@torch.no_grad()
+def trace(model: nn.Module, batches: list) -> tuple[Trace, list[Tensor]]:
+    """Run a model and note what it is made of.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        batches: what the model is called with (see :func:`call`), one after the other.
+
+    Returns:
+        The trace, and the tensors of the model's output for the first batch.
+
+    Example:
+        >>> model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval()
+        >>> found, _ = trace(model, [torch.randn(3, 4)])
+        >>> found.after, found.norm
+        ({'1': 'norm', '3': 'gelu'}, {'1': '0'})
+
+    Paper: none.
+    """
+    watcher = _Watcher(model)
+    outputs = []
+    handles = [
+        handle
+        for module in list(model.modules())
+        for handle in (
+            module.register_forward_pre_hook(watcher.entered, with_kwargs=True, prepend=True),
+            module.register_forward_hook(watcher.left),
+        )
+    ]
+    try:
+        for batch in batches:
+            with watcher, regular_attention():
+                outputs.append(call(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return watcher.finish(model, outputs), tensors_of(outputs[0])
+
+
+@contextmanager
+def regular_attention() -> Iterator[None]:
+    """Switch off torch's fused path of ``nn.MultiheadAttention`` in evaluation, whose sums come in another order."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
