@@ -152,8 +152,8 @@ def _groups(kind: str) -> tuple[tuple[int, ...], ...]:
     return {"self": ((0, 1, 2),), "cross": ((0,), (1, 2)), "separate": ((0,), (1,), (2,))}[kind]
 
 
-def call_kind(query: Tensor, key: Tensor, value: Tensor) -> str:
+def call_kind(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> str:
     """Which of ``KINDS`` a call is."""
-    if key is not value:
+    if key is not value or attention.in_proj_weight is None:
         return "separate"
     return "self" if query is key else "cross"

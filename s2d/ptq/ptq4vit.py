@@ -11,8 +11,10 @@ over the calibration data, with y the output of the site and g the gradient of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +31,10 @@ FACTORS = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(100))
 """What the initial scale is multiplied by, one after the other."""
 ROUNDS = 3
 WEIGHTS = ("per_tensor", "per_channel")
-LABELS = ("sampled", "none")
 # Rows after which the candidates that cannot win any more are dropped, as parts of all rows.
 HURDLES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
-# Elements of one temporary, of which up to three are held: inside a core's cache, or filling an accelerator.
-CPU_ELEMENTS, GPU_ELEMENTS = 2**19, 2**24
+# Elements of one temporary, of which a few are held: about a core's cache, or filling an accelerator.
+CPU_ELEMENTS, GPU_ELEMENTS = 2**18, 2**24
 
 
 def ptq4vit(
@@ -171,33 +172,474 @@ def _gaussian(output: Any, generator: torch.Generator) -> Tensor:
 
 @dataclass
 class Factor:
-    """One factor of a product, as the left one: the right factor of a product is the left one of the transposed product.
+    """One factor of a product, written as the left one: the right one is the left one of the transposed product.
 
     Attributes:
-        quantize: ``quantize(x, grid)``, broadcasting.
-        start: the grid to start with, in the shape of the factor with one dimension for candidates before the last two,
-            each dimension as long as the factor's or 1: ``(1, 1, 1)``, ``(1, rows, 1)``, or ``(heads, 1, 1, 1)``.
-        grids: the candidates along dimension -3; None for a factor in floating point.
-        groups: squared errors summed over the columns, ``(..., candidates, rows)``, to what is searched separately,
-            ``(candidates, groups)``.
-        spread: a number per group, ``(groups,)``, to the shape of ``start``.
+        values: ``(..., rows, K)``.
+        quantize: ``quantize(values, grid)``, broadcasting.
+        grids: the candidates along dimension -3, else in a shape that broadcasts against the values; None for a factor
+            that stays in floating point.
         chosen: the grid in use.
+        groups: sums squared errors ``(..., candidates, rows)`` to ``(candidates, groups)``, a group being what has a
+            grid of its own.
+        spread: a number per group, ``(groups,)``, to the shape of ``chosen``.
+        kind: the class of the quantizer.
+        best: the candidate in use, per group.
     """
 
+    values: Tensor
     quantize: Callable[[Tensor, Tensor], Tensor]
     grids: Tensor | None
+    chosen: Tensor | None
     groups: Callable[[Tensor], Tensor]
     spread: Callable[[Tensor], Tensor]
-    chosen: Tensor
+    kind: type[Quantizer] = AffineQuantizer
     best: Tensor | None = None
 
-    def quantized(self, x: Tensor) -> Tensor:
-        """The factor on the grid in use."""
-        return x if self.grids is None else self.quantize(x, self.chosen.squeeze(-3))
+    def quantized(self) -> Tensor:
+        """The values on the grid in use."""
+        return self.values if self.grids is None else self.quantize(self.values, self.chosen.squeeze(-3))
 
     def choose(self, best: Tensor) -> bool:
-        """Take one candidate per group into use; whether that is any other than before."""
+        """Take a candidate per group into use; whether that changes anything."""
         changed = self.best is None or not torch.equal(best, self.best)
-        self.best = best
-        self.chosen = self.grids.take_along_dim(self.spread(best), -3)
+        self.best, self.chosen = best, self.grids.take_along_dim(self.spread(best), -3)
         return changed
+
+
+def _together(errors: Tensor) -> Tensor:
+    return errors.movedim(-2, 0).flatten(1).sum(1, keepdim=True)
+
+
+def _by_head(errors: Tensor) -> Tensor:
+    return errors.sum((0, -1)).T
+
+
+def _by_part(errors: Tensor, parts: int) -> Tensor:
+    errors = errors.reshape(-1, *errors.shape[-2:]).sum(0)
+    return errors.unflatten(-1, (parts, -1)).sum(-1)
+
+
+def _to_all(number: Tensor) -> Tensor:
+    return number.view(1, 1, 1)
+
+
+def _to_heads(numbers: Tensor) -> Tensor:
+    return numbers.view(-1, 1, 1, 1)
+
+
+def _to_rows(numbers: Tensor, rows: int) -> Tensor:
+    return numbers.repeat_interleave(rows // len(numbers)).view(1, -1, 1)
+
+
+def in_floating_point(values: Tensor) -> Factor:
+    """A factor that is not quantized."""
+    return Factor(values, fake_quantize, None, None, _together, _to_all)
+
+
+def per_tensor(values: Tensor, n_bits: int) -> Factor:
+    """A factor with one symmetric uniform grid."""
+    return _uniform(values, n_bits, values.abs().amax(), _together, _to_all)
+
+
+def per_head(values: Tensor, n_bits: int) -> Factor:
+    """A factor ``(images, heads, rows, K)`` with a symmetric uniform grid for each head."""
+    return _uniform(values, n_bits, values.abs().amax((0, 2, 3)), _by_head, _to_heads)
+
+
+def per_part(values: Tensor, n_bits: int, parts: int) -> Factor:
+    """A matrix with a symmetric uniform grid for each of a number of equal row blocks."""
+    largest = values.unflatten(0, (parts, -1)).abs().amax((1, 2))
+    return _uniform(values, n_bits, largest, partial(_by_part, parts=parts), partial(_to_rows, rows=len(values)))
+
+
+def after_gelu(values: Tensor, n_bits: int) -> Factor:
+    """A factor on the twin grid for GELU's output, the step of whose positive side is searched."""
+    start = _to_all(_initial_scale(values.amax(), n_bits))
+    quantize = partial(_twin_gelu, n_bits=n_bits)
+    return Factor(values, quantize, start * _factors(start), start, _together, _to_all, TwinUniformGELU)
+
+
+def after_softmax(values: Tensor, n_bits: int) -> Factor:
+    """A factor on the twin grid for probabilities, whose split is searched."""
+    splits = torch.tensor(SPLITS, dtype=values.dtype, device=values.device).view(-1, 1, 1)
+    quantize = partial(_twin_softmax, n_bits=n_bits)
+    return Factor(values, quantize, splits, splits[:1], _together, _to_all, TwinUniformSoftmax)
+
+
+def _uniform(values: Tensor, n_bits: int, largest: Tensor, groups: Callable, spread: Callable) -> Factor:
+    start = spread(_initial_scale(largest, n_bits))
+    return Factor(values, partial(_full_range, n_bits=n_bits), start * _factors(start), start, groups, spread)
+
+
+def _initial_scale(largest: Tensor, n_bits: int) -> Tensor:
+    # Where there is nothing but zeros, any scale will do.
+    return torch.where(largest > 0, largest, 1) / (2 ** (n_bits - 1) - 0.5)
+
+
+def _factors(like: Tensor) -> Tensor:
+    return torch.tensor(FACTORS, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+
+def _full_range(x: Tensor, scale: Tensor, n_bits: int) -> Tensor:
+    return fake_quantize(x, scale, 0, -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
+
+
+def _twin_gelu(x: Tensor, step: Tensor, n_bits: int) -> Tensor:
+    return twin_gelu(x, step, n_bits)
+
+
+def _twin_softmax(x: Tensor, split: Tensor, n_bits: int) -> Tensor:
+    return twin_softmax(x, split, n_bits)
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Contest:
+    """The candidates of one factor, and what they are judged by.
+
+    Attributes:
+        factor: the left factor.
+        other: the right factor, itself written as a left one; None to judge the first by its own error.
+        target: the product in floating point, ``(..., rows, columns)``.
+        weight: what errors are multiplied by, in the shape of the target; None for 1.
+        cuts: dimension along which factor, other and target can be cut into blocks; None for what is always needed.
+        blocks: the cuts.
+    """
+
+    factor: Factor
+    other: Factor | None
+    target: Tensor
+    weight: Tensor | None
+    cuts: tuple[int | None, int | None, int]
+    blocks: list[slice]
+
+    def run(self) -> bool:
+        """Put the best candidate of each group into use; whether that changes anything."""
+        other = None if self.other is None else self.other.quantized().mT
+        return self.factor.choose(race(self.factor, partial(self._errors, other=other), self.blocks))
+
+    def _errors(self, candidates: Tensor, block: slice, other: Tensor | None) -> Tensor:
+        x = _cut(self.factor.values, block, self.cuts[0])
+        other = _cut(other, block, self.cuts[1])
+        target, weight = (_cut(tensor, block, self.cuts[2]) for tensor in (self.target, self.weight))
+        return _product_errors(self.factor, self.factor.grids[..., candidates, :, :], x, other, target, weight)
+
+
+def _cut(tensor: Tensor | None, block: slice, dimension: int | None) -> Tensor | None:
+    if tensor is None or dimension is None:
+        return tensor
+    return tensor[block] if dimension == 0 else tensor[..., block]
+
+
+def _product_errors(
+    factor: Factor, grids: Tensor, x: Tensor, other: Tensor | None, target: Tensor, weight: Tensor | None
+) -> Tensor:
+    """Squared errors of the product with each candidate grid of its left factor, ``(candidates, groups)`` in float64."""
+    found = []
+    for part in grids.split(_at_once(max(x.numel(), target.numel()), x.device), -3):
+        product = factor.quantize(x.unsqueeze(-3), part)
+        if other is not None:  # one product for all: more candidates are more rows
+            product = (product.flatten(-3, -2) @ other).unflatten(-2, product.shape[-3:-1])
+        found.append(factor.groups(_squares(product, target, weight, -3).sum(-1).double()))
+    return torch.cat(found)
+
+
+def _squares(product: Tensor, target: Tensor, weight: Tensor | None, candidates: int) -> Tensor:
+    """Weighted squared errors in the memory of ``product``, which has one more dimension than the target."""
+    error = product.sub_(target.unsqueeze(candidates))
+    if weight is not None:
+        error.mul_(weight.unsqueeze(candidates))
+    return error.square_()
+
+
+def _at_once(elements: int, device: torch.device) -> int:
+    """How many candidates to try at once, each taking that many elements."""
+    return max(1, (CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // max(elements, 1))
+
+
+def race(factor: Factor, errors: Callable[[Tensor, slice], Tensor], blocks: list[slice]) -> Tensor:
+    """The candidate with the least total error, for each group.
+
+    Errors only grow from block to block, so a candidate that has passed the total of another is out of the race: the
+    winner is that of the full sums, at a fraction of their cost.
+
+    Args:
+        factor: whose candidates they are.
+        errors: ``errors(candidates, block)``: ``(candidates, groups)``, not negative.
+        blocks: what to sum over, the heaviest first.
+
+    Returns:
+        ``(groups,)``.
+    """
+    running = torch.arange(factor.grids.shape[-3], device=factor.grids.device)
+    first, *others = blocks
+    total = errors(running, first)
+    leaders = total.argmin(0).unique()
+    bound = (total[leaders] + sum(errors(leaders, block) for block in others)).amin(0)
+    bound = bound * (1 + 1e-5)  # the sums are rounded
+    for block in others:
+        ahead = (total <= bound).any(1)
+        running, total = running[ahead], total[ahead]
+        total += errors(running, block)
+    return running[total.argmin(0)]
+
+
+def _blocks(target: Tensor) -> list[slice]:
+    """Cuts along the first dimension, first small ones, none of more than 64 MB."""
+    length = len(target)
+    longest = max(1, 2**24 // max(target[0].numel(), 1))
+    stops = {math.ceil(length * hurdle) for hurdle in HURDLES} | set(range(longest, length, longest))
+    stops = sorted(stops)
+    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _take_turns(contests: list[Contest]) -> None:
+    """Each contest given the others' winners, three times in all, or until nothing changes any more."""
+    for turn in range(ROUNDS * len(contests) if len(contests) > 1 else 1):
+        changed = contests[turn % len(contests)].run()
+        if turn > 0 and not changed:
+            return
+
+
+def _balanced(gradient: Tensor | None, factor: Factor) -> Tensor | None:
+    """The gradient in units of its mean size in each group; 1 where a group has none, to judge it by plain errors."""
+    if gradient is None:
+        return None
+    size = factor.groups(gradient.abs().double().sum(-1).unsqueeze(-2))[0]
+    given = size > 0
+    unit = factor.spread(torch.where(given, size * len(size) / gradient.numel(), 1)).squeeze(-3)
+    return torch.where(factor.spread(given).squeeze(-3), gradient / unit, 1).to(gradient.dtype)
+
+
+# --- the sites -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Search:
+    """What to search, and how; see :func:`ptq4vit`. ``twin``: whether to use the twin quantizers."""
+
+    w_bits: int
+    a_bits: int
+    weights: str
+    rows: int | None
+    twin: bool
+
+    def concerns(self, site: Site) -> bool:
+        """Whether the site has anything to search."""
+        weighted = not isinstance(site, QuantizedProduct)
+        reads = not isinstance(site, CONVOLUTIONS)
+        return (weighted and self.w_bits not in SWITCHED_OFF) or (reads and self.a_bits not in SWITCHED_OFF)
+
+    @torch.no_grad()
+    def __call__(self, seen: Seen) -> None:
+        """Set the quantizers of a site."""
+        if isinstance(seen.site, QuantizedProduct):
+            self._product(seen)
+        elif isinstance(seen.site, CONVOLUTIONS):
+            self._convolution(seen)
+        else:
+            self._linear(seen)
+
+    # Linear layers
+
+    def _linear(self, seen: Seen) -> None:
+        site, x = seen.site, _working(seen.inputs[0]).flatten(0, -2)
+        gradient = _usable(seen.gradient, lambda g: g.flatten(0, -2))
+        weight, reads = self._weight(site, site.weight), self._input(site, x)
+        taken, gradient = self._select(gradient, len(x), self.rows)
+        reads = replace(reads, values=x[taken])
+        target = reads.values @ weight.values.T
+        blocks = _blocks(target)
+        contests = []
+        if weight.grids is not None:
+            judged = _balanced(_transposed(gradient), weight)
+            contests.append(Contest(weight, reads, _transposed(target), judged, (None, -1, -1), blocks))
+        if reads.grids is not None:
+            contests.append(Contest(reads, weight, target, _balanced(gradient, reads), (0, None, 0), blocks))
+        _take_turns(contests)
+        site.weight_quantizer = _weight_quantizer(weight, self.w_bits, site.weight.ndim)
+        site.input_quantizer = _input_quantizer(reads, self.a_bits)
+
+    def _weight(self, site: Site, weight: Tensor) -> Factor:
+        weight = _working(weight.detach()).flatten(1)
+        if self.w_bits in SWITCHED_OFF:
+            return in_floating_point(weight)
+        by_channel = self.weights == "per_channel" or isinstance(site, CONVOLUTIONS)
+        return per_part(weight, self.w_bits, len(weight) if by_channel else site.parts)
+
+    def _input(self, site: Site, x: Tensor) -> Factor:
+        if self.a_bits in SWITCHED_OFF:
+            return in_floating_point(x)
+        if self.twin and site.after == "gelu" and site.input_transform is None:
+            return after_gelu(x, self.a_bits)
+        return per_tensor(x, self.a_bits)
+
+    def _select(self, gradient: Tensor | None, length: int, wanted: int | None) -> tuple[Tensor, Tensor | None]:
+        """Which entries of the first dimension to look at, those with the largest gradients first; and the gradient."""
+        device = None if gradient is None else gradient.device
+        taken = torch.arange(length, device=device)
+        if gradient is not None:
+            size = gradient.double().flatten(1).square().sum(1)
+            taken = gradient.flatten(1).any(1).nonzero()[:, 0]  # the others add nothing to the score
+        if wanted is not None and len(taken) > wanted:
+            taken = taken[torch.linspace(0, len(taken) - 1, wanted, device=device).round().long()]
+        if gradient is None:
+            return taken, None
+        taken = taken[size[taken].argsort(descending=True, stable=True)]
+        return taken, gradient[taken]
+
+    # convolutions
+
+    def _convolution(self, seen: Seen) -> None:
+        site, images, weight = seen.site, _working(seen.inputs[0]), self._weight(seen.site, seen.site.weight)
+        if images.ndim == site.weight.ndim:
+            self._convolution_by_outputs(site, images, seen.gradient, weight)
+        else:  # images of several sizes, or without a batch dimension
+            _by_own_error(weight)
+        site.weight_quantizer = _weight_quantizer(weight, self.w_bits, site.weight.ndim)
+
+    def _convolution_by_outputs(self, site: Site, images: Tensor, gradient: Tensor | None, weight: Factor) -> None:
+        original = weight.values.unsqueeze(0)
+        positions = _convolved(site, images[:1], original).shape[-1]
+        gradient = _usable(gradient, lambda g: g.flatten(2))
+        taken, gradient = self._select(gradient, len(images), self._images(positions))
+        images = images[taken]
+        target, judged = _convolved(site, images, original).squeeze(1), _balanced(gradient, weight)
+
+        def errors(candidates: Tensor, block: slice) -> Tensor:
+            weighting = None if judged is None else judged[block]
+            found = []
+            for part in weight.grids[candidates].split(_at_once(target[block].numel(), images.device)):
+                output = _convolved(site, images[block], weight.quantize(original, part))
+                found.append(weight.groups(_squares(output, target[block], weighting, 1).sum(-1).double()))
+            return torch.cat(found)
+
+        weight.choose(race(weight, errors, _blocks(target)))
+
+    def _images(self, rows: int) -> int | None:
+        """How many images have the wanted number of rows."""
+        return None if self.rows is None else math.ceil(self.rows / rows)
+
+    # products
+
+    def _product(self, seen: Seen) -> None:
+        site, (x, y) = seen.site, (_working(tensor) for tensor in seen.inputs)
+        together = _is_matrix_product(x, y, seen.output)
+        left, right = self._left(site, x, together), self._activation(y.mT.contiguous(), together)
+        if together:
+            self._product_by_outputs(seen, left, right)
+        else:
+            _by_own_error(left)
+            _by_own_error(right)
+        site.left_quantizer = _input_quantizer(left, self.a_bits)
+        site.right_quantizer = _input_quantizer(right, self.a_bits)
+
+    def _product_by_outputs(self, seen: Seen, left: Factor, right: Factor) -> None:
+        gradient = _usable(seen.gradient, lambda g: g)
+        taken, gradient = self._select(gradient, len(left.values), self._images(left.values.shape[-2]))
+        # The factors are the caller's; these hold the entries to look at.
+        left.values, right.values = left.values[taken], right.values[taken]
+        target = left.values @ right.values.mT
+        blocks, cuts = _blocks(target), (0, 0, 0)
+        turned = _transposed(gradient)
+        _take_turns(
+            [
+                Contest(left, right, target, _balanced(gradient, left), cuts, blocks),
+                Contest(right, left, _transposed(target), _balanced(turned, right), cuts, blocks),
+            ]
+        )
+
+    def _left(self, site: QuantizedProduct, x: Tensor, together: bool) -> Factor:
+        # Some attentions normalize with something else than softmax.
+        probabilities = site.kind == "pv" and bool((x >= 0).all() and (x <= 1.01).all())
+        return after_softmax(x, self.a_bits) if self.twin and probabilities else self._activation(x, together)
+
+    def _activation(self, x: Tensor, together: bool) -> Factor:
+        # Heads are known to be where a plain product of four-dimensional tensors has them.
+        heads = together and x.ndim == 4 and x.shape[1] > 1
+        return per_head(x, self.a_bits) if heads else per_tensor(x, self.a_bits)
+
+
+def _search_all(
+    model: nn.Module,
+    batches: list[Any],
+    search: Search,
+    loss: Callable[[Any, int], Tensor] | None,
+    progress: Callable[[str], None] | None,
+) -> None:
+    concerned = [site for site in sites(model).values() if search.concerns(site)]
+    for seen in site_inputs(model, batches, concerned, loss=loss, progress=progress):
+        search(seen)
+    for site in quantized_layers(model).values():  # only now: the search needs the floating-point model
+        site.freeze_weight()
+
+
+def _working(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _usable(gradient: Tensor | None, shape: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The gradient in another shape, or None if it says nothing."""
+    if gradient is None or not torch.isfinite(gradient).all() or not gradient.any():
+        return None
+    return shape(_working(gradient))
+
+
+def _transposed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.mT.contiguous()
+
+
+def _by_own_error(factor: Factor) -> None:
+    """Choose by the squared error of the values themselves."""
+    whole = slice(None)
+    Contest(factor, None, factor.values, None, (None, None, 0), [whole]).run()
+
+
+def _is_matrix_product(left: Tensor, right: Tensor, output: Tensor | None) -> bool:
+    """Whether the product is that of the two factors' matrices (an einsum need not be), image by image."""
+    if not (left.ndim == right.ndim > 2 and left.shape[-1] == right.shape[-2] and len(left) == len(right)):
+        return False
+    if output is None:
+        return True
+    product = left @ right
+    return product.shape == output.shape and torch.allclose(
+        product, _working(output), 1e-2, 1e-2 * float(output.abs().max())
+    )
+
+
+def _convolved(site: Site, images: Tensor, weights: Tensor) -> Tensor:
+    """Outputs without bias for several weights ``(candidates, out, K)``: ``(images, candidates, out, positions)``."""
+    count, grouped = len(weights), weights.unflatten(1, (site.groups, -1)).transpose(0, 1)
+    # One convolution for all: more candidates are more output channels, of each group.
+    stacked = grouped.reshape(-1, *site.weight.shape[1:])
+    output = site.product(images, stacked, None).flatten(2)
+    return output.unflatten(1, (site.groups, count, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _weight_quantizer(factor: Factor, n_bits: int, dimensions: int) -> AffineQuantizer | None:
+    if factor.grids is None:
+        return None
+    quantizer = AffineQuantizer(n_bits, symmetric=True, narrow_range=False, granularity="per_channel")
+    quantizer.set_grid(factor.chosen.view(-1, *[1] * (dimensions - 1)))
+    return quantizer
+
+
+def _input_quantizer(factor: Factor, n_bits: int) -> Quantizer | None:
+    if factor.grids is None:
+        return None
+    if factor.kind is TwinUniformGELU:
+        quantizer = TwinUniformGELU(n_bits)
+        quantizer.set_scale(factor.chosen)
+    elif factor.kind is TwinUniformSoftmax:
+        quantizer = TwinUniformSoftmax(n_bits)
+        quantizer.set_split(factor.chosen)
+    elif factor.chosen.ndim == 4:
+        quantizer = AffineQuantizer(n_bits, symmetric=True, narrow_range=False, granularity="per_channel", axis=-3)
+        quantizer.set_grid(factor.chosen.squeeze(-3))
+    else:
+        quantizer = AffineQuantizer(n_bits, symmetric=True, narrow_range=False)
+        quantizer.set_grid(factor.chosen.view(()))
+    return quantizer

@@ -19,8 +19,9 @@ SOFTMAX = ("auto", "log_sqrt2", "uniform")
 # Channels narrower than this part of the mean get a grid that wide: a dead channel must not blow up norm and weights,
 # and a step a hundred times finer than the others' adds nothing to the error.
 NARROWEST = 0.01
-# With fewer rows a channel's range is not known: what lies outside of it would be clipped.
-FEWEST_ROWS = 64
+# What channels' ranges are multiplied by, and in how many parts the rows are cut to choose that.
+WIDENINGS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
+FOLDS = 4
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def calibrate_activations(
         layers = groups.get(seen.site.norm, [seen.site])
         rows = seen.inputs[0].flatten(0, -2)
         grid = None
-        if seen.site.norm in groups and len(rows) >= FEWEST_ROWS:
+        if seen.site.norm in groups:
             grid = reparameterize(model, seen.site.norm, layers, rows, a_bits, percentiles)
         for layer in layers:
             layer.input_quantizer = _tensor_quantizer(rows, a_bits, percentiles) if grid is None else _with_grid(a_bits, grid)
@@ -147,6 +148,10 @@ def reparameterize(
     and the layers undo it. A norm that cannot shift (RMSNorm) gets the zero point that all channels can share at the
     least squared error, and each channel the finest step whose grid then holds its range.
 
+    A channel has few values in a small calibration set, and what lies outside of them would be clipped. So the ranges
+    are widened by the factor of ``WIDENINGS`` that is best in cross-validation, and left alone where one grid for the
+    whole tensor is better still.
+
     Args:
         model: a prepared model.
         norm_name: a key of :func:`s2d.ptq.reparameterize.norm_groups` whose norm can scale its output.
@@ -156,8 +161,8 @@ def reparameterize(
         percentiles: the p of the channels' ranges.
 
     Returns:
-        Step and zero point of the one grid that is left; None where nothing was changed, as all channels are constant
-        or the norm has no scale per channel.
+        Step and zero point of the one grid that is left; None where nothing was changed, as one grid for the tensor is
+        better, or the norm has no scale per channel.
 
     Paper: none; RepQ-ViT's scale reparameterization.
     """
@@ -165,39 +170,71 @@ def reparameterize(
     if norm.weight is not None and norm.weight.numel() != x.shape[-1]:
         return None
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    shifts = can_shift(norm)
+    importance = sum(layer.weight.to(x.dtype).square().sum(0) for layer in layers)
+    widening = _best_widening(x, importance, n_bits, percentiles, shifts)
+    if widening is None:
+        return None
     q_max = 2**n_bits - 1
-    step, zero = (_free_grids if can_shift(norm) else _grids_with_one_zero)(x, n_bits, percentiles)
+    step, zero = _channel_grids(*_channel_ranges(x, n_bits, percentiles, shifts), widening, q_max, shifts)
     if not (step > 0).all():
         return None
     common_step = step.mean()
     common_zero = zero.mean().round().clamp(0, q_max)
-    shift = (common_zero - zero) * common_step if can_shift(norm) else torch.zeros_like(step)
+    shift = (common_zero - zero) * common_step if shifts else torch.zeros_like(step)
     rescale_norm(model, norm_name, layers, step / common_step, shift)
     return common_step, common_zero
 
 
-def _free_grids(x: Tensor, n_bits: int, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Step and zero point of every channel; the zero point any real number."""
-    mean = x.mean(0)  # around it, so that the range need not hold zero
-    low, high = (mean + end for end in best_percentile_range(x - mean, n_bits, percentiles, axis=-1))
-    q_max = 2**n_bits - 1
-    width = (high - low) / q_max
-    step = width.clamp(min=NARROWEST * width.mean())
-    middle_on_grid = q_max // 2 - (low + high) / 2 / step
-    return step, torch.where(step > width, middle_on_grid, -low / step)
+def _channel_ranges(x: Tensor, n_bits: int, percentiles: Sequence[float], shifts: bool) -> tuple[Tensor, Tensor]:
+    """The range of every channel, which need not hold zero if the norm can shift."""
+    mean = x.mean(0) if shifts else torch.zeros_like(x[0])
+    low, high = best_percentile_range(x - mean, n_bits, percentiles, axis=-1)
+    return mean + low, mean + high
 
 
-def _grids_with_one_zero(x: Tensor, n_bits: int, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Step of every channel and the zero point that they share."""
-    low, high = best_percentile_range(x, n_bits, percentiles, axis=-1)
-    q_max = 2**n_bits - 1
-    zeros = torch.arange(q_max + 1, device=x.device, dtype=x.dtype)[:, None]
+def _channel_grids(low: Tensor, high: Tensor, widening: float, q_max: int, shifts: bool) -> tuple[Tensor, Tensor]:
+    """Step and zero point of every channel, from its range times ``widening``.
+
+    Where the norm can shift, the zero point is any real number; else it is a whole one, the same for all.
+    """
+    if shifts:
+        middle, width = (low + high) / 2, (high - low) * widening / q_max
+        step = width.clamp(min=NARROWEST * width.mean())
+        # The middle of a channel as good as constant lies on its grid.
+        return step, torch.where(step > width, q_max // 2, q_max / 2) - middle / step
+    zeros = torch.arange(q_max + 1, device=low.device, dtype=low.dtype)[:, None]
     # An end of the range that a zero point leaves no codes for makes the step infinite, unless that end is zero itself.
-    down, up = (-low.clamp(max=0)) / zeros, high.clamp(min=0) / (q_max - zeros)
-    steps = torch.maximum(down.nan_to_num(nan=0.0, posinf=torch.inf), up.nan_to_num(nan=0.0, posinf=torch.inf))
+    ends = (-low.clamp(max=0) / zeros, high.clamp(min=0) / (q_max - zeros))
+    steps = torch.maximum(*(end.nan_to_num(nan=0.0, posinf=torch.inf) for end in ends)) * widening
     best = steps.square().sum(1).argmin()
-    step = steps[best]
-    return step.clamp(min=NARROWEST * step.mean()), zeros[best].expand_as(step)
+    return steps[best].clamp(min=NARROWEST * steps[best].mean()), zeros[best].expand_as(low)
+
+
+def _best_widening(
+    x: Tensor, importance: Tensor, n_bits: int, percentiles: Sequence[float], shifts: bool
+) -> float | None:
+    """The factor of ``WIDENINGS`` with the least error on rows left out, None if a grid for the tensor has less.
+
+    Errors are weighted by ``importance``, what they cause in the outputs of the layers.
+    """
+    folds = x.tensor_split(FOLDS)  # in the order of the images, so that most of them are in one fold only
+    if len(x) < FOLDS:
+        return None
+    q_max = 2**n_bits - 1
+    errors = torch.zeros(1 + len(WIDENINGS), dtype=torch.float64, device=x.device)
+    for left_out in range(FOLDS):
+        seen, test = torch.cat(folds[:left_out] + folds[left_out + 1 :]), folds[left_out]
+        tensor = _tensor_quantizer(seen, n_bits, percentiles)
+        errors[0] += ((tensor(test) - test).square().sum(0) * importance).sum()
+        low, high = _channel_ranges(seen, n_bits, percentiles, shifts)
+        for i, widening in enumerate(WIDENINGS, 1):
+            step, zero = _channel_grids(low, high, widening, q_max, shifts)
+            steps = test / step + zero if (step > 0).all() else torch.full_like(test, torch.inf)
+            error = (steps.round().clamp_(0, q_max) - steps) * step
+            errors[i] += (error.square().sum(0) * importance).sum()
+    best = int(errors.nan_to_num(nan=torch.inf).argmin())
+    return WIDENINGS[best - 1] if best > 0 else None
 
 
 # --- attention products ----------------------------------------------------------------------------------------------

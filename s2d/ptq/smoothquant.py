@@ -84,9 +84,7 @@ def smooth(model: nn.Module, batches: list[Any], *, alpha: float = 0.5) -> None:
         rescale_norm(model, norm, layers, s, torch.zeros_like(s))
 
 
-def _input_maxima(
-    model: nn.Module, batches: list[Any], groups: dict[str, list[QuantizedLinear]]
-) -> dict[str, Tensor]:
+def _input_maxima(model: nn.Module, batches: list[Any], groups: dict[str, list[QuantizedLinear]]) -> dict[str, Tensor]:
     """max|X_j| of each norm's output."""
     maxima: dict[str, Tensor] = {}
 

@@ -100,7 +100,7 @@ class _Watcher(TorchFunctionMode):
         self.made.setdefault(name, []).append([])
         if isinstance(module, nn.MultiheadAttention):
             named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            kind = call_kind(named["query"], named["key"], named["value"])
+            kind = call_kind(module, named["query"], named["key"], named["value"])
             if self.trace.kinds.setdefault(name, kind) != kind:
                 raise ValueError(f"attention {name} is called with queries, keys and values shared in different ways")
         elif is_layer(module):
