@@ -14,93 +14,19 @@ from s2d.lab.training import accuracy, residual_statistics
 from s2d.layers import linear_maps
 from s2d.outliers import OutlierRows, watch_activations
 from s2d.pcdr import activation_pcdr, spectral_pcdr
-from s2d.ptq import parse_bits, quantize
 from s2d.spectral import top_singular_triplets
 from s2d.watch import OutlierWatch
 
-# Each test digit is seen in four placements, which takes out much of the noise of where the clutter falls.
-TEST_IMAGES = 4 * 397
 CALIBRATION_IMAGES = 256
 
 Checkpoints = Mapping[str, Sequence[Trained]]  # variant -> one checkpoint a seed
 
 
-def _each(checkpoints: Checkpoints) -> Iterator[tuple[str, Trained]]:
+def each(checkpoints: Checkpoints) -> Iterator[tuple[str, Trained]]:
     """Every checkpoint with the name of its variant."""
     for variant, trained_models in checkpoints.items():
         for trained in trained_models:
             yield variant, trained
-
-
-@torch.inference_mode()
-def logits_of(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Logits of every image, in evaluation mode."""
-    model.eval()
-    return torch.cat([model(batch) for batch in images.split(batch_size)])
-
-
-def quantization_table(
-    checkpoints: Checkpoints,
-    bits: Sequence[str],
-    *,
-    split: str = "test",
-    images: int = TEST_IMAGES,
-    calibration_images: int = CALIBRATION_IMAGES,
-    grids: Sequence[str] = ("symmetric", "asymmetric"),
-) -> pd.DataFrame:
-    """Accuracy and relative logit error of every checkpoint at every bit width, under round-to-nearest.
-
-    Args:
-        checkpoints: variant to one checkpoint a seed.
-        bits: names such as ``"FP"`` and ``"W4A4"``.
-        split: where accuracy is measured; hyper-parameters are chosen on ``validation``, results reported on ``test``.
-        images: how many images of that split.
-        calibration_images: how many images of the calibration split the quantizers see.
-        grids: ``"symmetric"`` (no zero point), ``"asymmetric"`` (one more degree of freedom a tensor), or both.
-
-    Returns:
-        Columns variant, seed, method, grid, bits, split, images, accuracy, logit_error (``|q - fp|^2 / |fp|^2``).
-
-    Raises:
-        ValueError: for an unknown grid or bit width, before anything is computed.
-    """
-    widths = {name: parse_bits(name) for name in bits}
-    unknown = set(grids) - {"symmetric", "asymmetric"}
-    if unknown:
-        raise ValueError(f"unknown grid {unknown.pop()!r}: choose symmetric or asymmetric")
-    rows = []
-    for variant, trained in _each(checkpoints):
-        data, model = trained.recipe.data, trained.model()
-        x, y = data.fixed_set(split, images)
-        calibration, _ = data.fixed_set("calibration", calibration_images)
-        full = logits_of(model, x)
-        for grid in grids:
-            for name, (w_bits, a_bits) in widths.items():
-                logits = full
-                if name != "FP":
-                    quantized = quantize(
-                        model,
-                        method="rtn",
-                        w_bits=w_bits,
-                        a_bits=a_bits,
-                        calibration=calibration,
-                        symmetric=grid == "symmetric",
-                    )
-                    logits = logits_of(quantized, x)
-                rows.append(
-                    {
-                        "variant": variant,
-                        "seed": trained.seed,
-                        "method": "rtn",
-                        "grid": grid,
-                        "bits": name,
-                        "split": split,
-                        "images": len(x),
-                        "accuracy": (logits.argmax(-1) == y).double().mean().item(),
-                        "logit_error": ((logits - full).square().sum() / full.square().sum()).item(),
-                    }
-                )
-    return pd.DataFrame(rows)
 
 
 def outlier_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
@@ -109,7 +35,7 @@ def outlier_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES)
     Measured on calibration images; the test split stays for accuracies.
     """
     rows = []
-    for variant, trained in _each(checkpoints):
+    for variant, trained in each(checkpoints):
         model = trained.model()
         x, _ = trained.recipe.data.fixed_set("calibration", images)
         validation = trained.recipe.data.fixed_set("validation", 800)
@@ -126,7 +52,7 @@ def history_table(checkpoints: Checkpoints) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {"variant": variant, "seed": trained.seed} | row
-            for variant, trained in _each(checkpoints)
+            for variant, trained in each(checkpoints)
             for row in trained.history
         ]
     )
@@ -186,7 +112,7 @@ def layer_table(checkpoints: Checkpoints, **options) -> pd.DataFrame:
     """:func:`layer_statistics` of every checkpoint."""
     tables = [
         layer_statistics(trained, **options).assign(variant=variant, seed=trained.seed)
-        for variant, trained in _each(checkpoints)
+        for variant, trained in each(checkpoints)
     ]
     table = pd.concat(tables, ignore_index=True)
     return table[["variant", "seed", *[c for c in table.columns if c not in ("variant", "seed")]]]
@@ -195,7 +121,7 @@ def layer_table(checkpoints: Checkpoints, **options) -> pd.DataFrame:
 def bound_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
     """Theorem 1 checked layer by layer on calibration images."""
     rows = []
-    for variant, trained in _each(checkpoints):
+    for variant, trained in each(checkpoints):
         x, _ = trained.recipe.data.fixed_set("calibration", images)
         rows += [{"variant": variant, "seed": trained.seed} | c._asdict() for c in check_bound(trained.model(), x)]
     return pd.DataFrame(rows)
@@ -205,7 +131,7 @@ def bound_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -
 def spectra_table(checkpoints: Checkpoints) -> pd.DataFrame:
     """Every singular value of every watched layer: columns variant, seed, layer, index (from 1), sigma."""
     rows = []
-    for variant, trained in _each(checkpoints):
+    for variant, trained in each(checkpoints):
         for name, linear in linear_maps(trained.model()).items():
             for index, sigma in enumerate(torch.linalg.svdvals(linear.matrix()).tolist(), start=1):
                 rows.append({"variant": variant, "seed": trained.seed, "layer": name, "index": index, "sigma": sigma})

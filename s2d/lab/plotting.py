@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,10 +11,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from s2d.lab.files import write_atomically
 from s2d.lab.paths import output_root
 from s2d.lab.results import load_sources
+from s2d.ptq.quantizers import Quantizer
 
 # One colour a variant, in every figure; distinguishable with colour-blind eyes and in print.
 COLOURS = {
@@ -169,6 +171,93 @@ def accuracy_by_bits(ptq: pd.DataFrame, bits: list[str] | None = None) -> Figure
             axis.scatter([i + shift] * len(values), values, s=9, color=COLOURS[variant], alpha=0.5)
     axis.set_xticks(range(len(bits)), bits)
     axis.set(xlabel="weights and activations (RTN)", ylabel="test accuracy (%)", title="Accuracy after quantization")
+    axis.legend()
+    return figure
+
+
+def grid_on_histogram(values: Tensor, quantizers: Mapping[str, Quantizer]) -> Figure:
+    """What a quantizer does, seen: the histogram of some values, and under it the points of each calibrated grid.
+
+    Args:
+        values: any shape.
+        quantizers: title to a calibrated quantizer; the points are those that the values go to.
+
+    Returns:
+        One panel a quantizer, with the root mean squared error in the title.
+    """
+    flat = values.flatten()
+    figure, axes = plt.subplots(1, len(quantizers), figsize=(3.6 * len(quantizers), 2.9), sharey=True)
+    for axis, (title, quantizer) in zip(axes, quantizers.items(), strict=True):
+        rounded = quantizer(flat)
+        axis.hist(flat.numpy(), bins=120, color=COLOURS["SGD"], log=True)
+        for point in rounded.unique().tolist():
+            axis.axvline(point, ymax=0.12, color=COLOURS["AdamW"], linewidth=1.2)
+        error = (rounded - flat).square().mean().sqrt().item()
+        axis.set(title=f"{title}\nerror {error:.3f}", xlabel="activation")
+    axes[0].set(ylabel="entries")
+    return figure
+
+
+def methods_by_bits(table: pd.DataFrame) -> Figure:
+    """Every method at every bit width: accuracy above, relative logit error below, one column a method.
+
+    Lines are means over seeds and calibration sets, bands reach from the lowest to the highest of them.
+    """
+    quantized = table[table.method != "FP"]
+    methods, bits = list(quantized.method.unique()), [b for b in BIT_ORDER if b in set(quantized.bits)]
+    figure, axes = plt.subplots(2, len(methods), figsize=(2.9 * len(methods), 5.4), sharex=True, sharey="row")
+    for column, method in enumerate(methods):
+        rows = quantized[quantized.method == method].assign(
+            position=lambda t: t.bits.map(bits.index), percent=lambda t: 100 * t.accuracy
+        )
+        for variant, part in rows.groupby("variant", sort=False):
+            for axis, value in ((axes[0, column], "percent"), (axes[1, column], "logit_error")):
+                _mean_line(axis, part, "position", value, variant, marker=MARKERS[variant], markersize=4)
+        axes[0, column].set(title=method)
+        axes[1, column].set_yscale("log")
+        axes[1, column].set_xticks(range(len(bits)), bits, rotation=45)
+    axes[0, 0].set(ylabel="test accuracy (%)")
+    axes[1, 0].set(ylabel="relative logit error")
+    axes[0, 0].legend()
+    _legend_below(figure, axes[0, 0])
+    return figure
+
+
+def conditioning_bars(table: pd.DataFrame) -> Figure:
+    """Round-to-nearest after nothing, SmoothQuant and rotations, from each checkpoint; one panel a bit width."""
+    bits = [b for b in BIT_ORDER if b in set(table.bits)]
+    figure, axes = plt.subplots(1, len(bits), figsize=(4.6 * len(bits), 3.6), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], bits, strict=True):
+        sns.barplot(
+            table[table.bits == name].assign(percent=lambda t: 100 * t.accuracy),
+            x="conditioning",
+            y="percent",
+            hue="variant",
+            palette=COLOURS,
+            errorbar=lambda x: (x.min(), x.max()),
+            err_kws={"linewidth": 1},
+            legend=axis is axes[0, 0],
+            ax=axis,
+        )
+        axis.set(title=f"{name}, RTN", xlabel="", ylabel="test accuracy (%)")
+        axis.tick_params(axis="x", rotation=20)
+    _legend_below(figure, axes[0, 0])
+    return figure
+
+
+def qat_points(table: pd.DataFrame) -> Figure:
+    """Before and after quantization-aware training: each seed a line from rounding alone to QAT."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.4))
+    order = ["FP", "PTQ", "QAT"]
+    for index, (variant, part) in enumerate(table.groupby("variant", sort=False)):
+        wide = 100 * part.pivot(index="seed", columns="training", values="accuracy")[order]
+        places = [i + 0.06 * (2 * index - 1) for i in range(len(order))]
+        for values in wide.to_numpy():
+            axis.plot(places, values, color=COLOURS[variant], alpha=0.35, linewidth=1)
+        axis.plot(places, wide.mean(), color=COLOURS[variant], marker=MARKERS[variant], label=f"from {variant}")
+    bits = table[table.training == "QAT"].bits.iloc[0]
+    axis.set_xticks(range(len(order)), ["full precision", f"{bits}, rounded", f"{bits}, QAT"])
+    axis.set(ylabel="test accuracy (%)", title="Quantization-aware training")
     axis.legend()
     return figure
 

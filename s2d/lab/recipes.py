@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from s2d.lab.data import ClutteredDigits
 from s2d.lab.models import DigitsViT
+from s2d.lab.qat import FakeQuantized
 from s2d.lab.training import Optimizer, Recipe
+from s2d.ptq import parse_bits
 
 SEEDS = (0, 1, 2)
 PRETRAIN_STEPS = {"adamw": 4000, "sgd": 4500}
@@ -18,6 +22,11 @@ RECIPE_WEIGHT_DECAY = 0.01
 TUNED_WEIGHT_DECAY = 0.5
 TUNED_LAM = {"No PCDR": 5e-4, "Top 3 of every layer": 2e-3, "S2D": 1e-2}
 TUNED_TAU = 0.6
+# Not tuned: fine-tuning's learning rate divided by three, and steps enough for the loss to settle.
+QAT_LR = 1e-3
+QAT_STEPS = 600
+QAT_BITS = "W3A3"
+QAT_VARIANTS = ("AdamW", "S2D")
 
 
 def pretraining(
@@ -127,7 +136,38 @@ def finetuning(
     )
 
 
+def quantization_aware(start: Recipe, bits: str, *, steps: int = QAT_STEPS) -> Recipe:
+    """Quantization-aware training of a fine-tuned checkpoint, on images of its own.
+
+    Args:
+        start: the recipe of the checkpoint.
+        bits: such as ``"W3A3"``.
+        steps: optimizer steps.
+
+    Raises:
+        ValueError: for a bit width of another form.
+
+    Example:
+        >>> quantization_aware(finetuning("S2D", seed=0), "W3A3").model.a_bits
+        3
+    """
+    w_bits, a_bits = parse_bits(bits)
+    sizes = asdict(start.model)
+    return Recipe(
+        seed=2000 + start.seed,  # another stream of images than the fine-tuning's
+        steps=steps,
+        warmup=min(50, steps),
+        optimizer=Optimizer("adamw", lr=QAT_LR, weight_decay=RECIPE_WEIGHT_DECAY, betas=start.optimizer.betas),
+        data=start.data,
+        model=FakeQuantized(**sizes, of=start, w_bits=w_bits, a_bits=a_bits),
+        measure_every=max(1, steps // 5),
+        device=start.device,
+    )
+
+
 def laptop_recipes() -> list[Recipe]:
     """Everything the notebooks train at their defaults: what the committed store holds."""
     pretrained = [pretraining(optimizer, seed) for optimizer in PRETRAIN_STEPS for seed in SEEDS]
-    return pretrained + [finetuning(variant, seed) for variant in VARIANTS for seed in SEEDS]
+    finetuned = [finetuning(variant, seed) for variant in VARIANTS for seed in SEEDS]
+    aware = [quantization_aware(finetuning(variant, seed), QAT_BITS) for variant in QAT_VARIANTS for seed in SEEDS]
+    return pretrained + finetuned + aware

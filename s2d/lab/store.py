@@ -34,9 +34,14 @@ from s2d.lab.models import DigitsViT
 from s2d.lab.paths import repository_root
 from s2d.lab.training import Recipe, train
 
-# What decides the weights and the history. The regularizer's files count only for recipes that use it.
+# What decides the weights and the history. The regularizer's and the quantizers' files count only for recipes that use
+# them.
 TRAINING_CODE = ("lab/data.py", "lab/models.py", "lab/training.py", "outliers.py")
 S2D_CODE = ("distributed.py", "layers.py", "pcdr.py", "regularizer.py", "spectral.py", "watch.py")
+QAT_CODE = (
+    "lab/qat.py",
+    *(f"ptq/{name}.py" for name in ("attention", "calibrate", "prepare", "qat", "quantizers", "rtn", "sites", "trace")),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Trained:
     @property
     def seed(self) -> int:
         """The seed of the pretraining this descends from: what pairs variants in a table."""
-        return self.recipe.seed if self.recipe.start is None else Trained(self.recipe.start, {}, []).seed
+        before = _starting_point(self.recipe)
+        return self.recipe.seed if before is None else Trained(before, {}, []).seed
 
     def model(self) -> nn.Module:
         """The model with these weights, float32, in evaluation mode."""
@@ -93,28 +99,38 @@ def _code_only(path: Path) -> str:
     )
 
 
+def _starting_point(recipe: Recipe) -> Recipe | None:
+    """The recipe whose result this one goes on from: by fine-tuning, or by QAT (:mod:`s2d.lab.qat`)."""
+    return recipe.start or getattr(recipe.model, "of", None)
+
+
 @cache
-def code_fingerprint(with_s2d: bool) -> str:
+def code_fingerprint(with_s2d: bool, with_qat: bool = False) -> str:
     """Hash of the code that a training run depends on; comments and docstrings do not count."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for name in TRAINING_CODE + (S2D_CODE if with_s2d else ()):
+    for name in TRAINING_CODE + (S2D_CODE if with_s2d else ()) + (QAT_CODE if with_qat else ()):
         digest.update(f"{name}\n{_code_only(package / name)}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _uses_s2d(recipe: Recipe) -> bool:
-    return recipe.s2d is not None or (recipe.start is not None and _uses_s2d(recipe.start))
+    before = _starting_point(recipe)
+    return recipe.s2d is not None or (before is not None and _uses_s2d(before))
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    return code_fingerprint(_uses_s2d(recipe), hasattr(recipe.model, "of"))
 
 
 def recipe_key(recipe: Recipe) -> str:
     """The hash that names an entry: recipe (with all it starts from) and code."""
-    identity = {"recipe": recipe.as_dict(), "code": code_fingerprint(_uses_s2d(recipe))}
+    identity = {"recipe": recipe.as_dict(), "code": _fingerprint(recipe)}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _file_name(recipe: Recipe) -> str:
-    kind = "finetune" if recipe.start is not None else "pretrain"
+    kind = "qat" if hasattr(recipe.model, "of") else "finetune" if recipe.start is not None else "pretrain"
     method = recipe.optimizer.name + ("-s2d" if recipe.s2d is not None else "")
     return f"{kind}-{method}-seed{recipe.seed}-{recipe_key(recipe)}.safetensors"
 
@@ -189,7 +205,7 @@ def _train_and_store(recipe: Recipe, progress=lambda steps: None) -> None:
     metadata = {
         "key": recipe_key(recipe),
         "recipe": recipe.as_dict(),
-        "code": code_fingerprint(_uses_s2d(recipe)),
+        "code": _fingerprint(recipe),
         "checksum": _checksum(weights),
         "history_checksum": _history_checksum(history),
         "torch": torch.__version__,
@@ -223,7 +239,8 @@ def _with_starts(recipes: Sequence[Recipe]) -> list[Recipe]:
     """The recipes and everything they start from, each once, starts first."""
     ordered: dict[str, Recipe] = {}
     for recipe in recipes:
-        for needed in [*(_with_starts([recipe.start]) if recipe.start is not None else []), recipe]:
+        before = _starting_point(recipe)
+        for needed in [*(_with_starts([before]) if before is not None else []), recipe]:
             ordered.setdefault(recipe_key(needed), needed)
     return list(ordered.values())
 
@@ -288,7 +305,8 @@ def _train_all(missing: list[Recipe], workers: int) -> None:
         while waiting or running:
             for recipe in list(waiting):
                 # A run can begin once what it starts from is stored.
-                if recipe.start is None or recipe_key(recipe.start) not in keys:
+                before = _starting_point(recipe)
+                if before is None or recipe_key(before) not in keys:
                     running[pool.submit(_work, recipe)] = recipe
                     waiting.remove(recipe)
             done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)

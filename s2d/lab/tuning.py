@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from s2d.lab.evaluate import quantization_table
+from s2d.lab.quantization import quantization_table
 from s2d.lab.recipes import RECIPE_WEIGHT_DECAY, finetuning
 from s2d.lab.results import provenance, save_table
 from s2d.lab.store import obtain

@@ -5,20 +5,37 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from s2d.ptq.calibrate import split_batches
+from s2d.ptq.erq import erq
 from s2d.ptq.prepare import coverage, prepare
+from s2d.ptq.ptq4vit import base_ptq, ptq4vit
 from s2d.ptq.quantizers import check_bits
+from s2d.ptq.repq_vit import repq_vit
+from s2d.ptq.rotation import rotate
 from s2d.ptq.rtn import rtn
 from s2d.ptq.sites import set_mode
+from s2d.ptq.smoothquant import smooth, smoothquant
 
-METHODS: dict[str, Callable] = {"rtn": rtn}
+METHODS: dict[str, Callable] = {
+    "rtn": rtn,
+    "smoothquant": smoothquant,
+    "base_ptq": base_ptq,
+    "ptq4vit": ptq4vit,
+    "repq_vit": repq_vit,
+    "erq": erq,
+}
 """Each ``method(model, batches, *, w_bits, a_bits, progress, **options)`` quantizes a prepared model in place."""
 
-TRANSFORMS: dict[str, Callable] = {}
+TRANSFORMS: dict[str, Callable] = {
+    "smooth": smooth,
+    "rotation": rotate,
+    "learned_rotation": partial(rotate, kind="learned"),
+}
 """Each ``transform(model, batches, **options)`` changes a prepared model in place, its function not at all."""
 
 __all__ = ["METHODS", "TRANSFORMS", "coverage", "parse_bits", "quantize"]

@@ -73,6 +73,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, overwrit
         description["tensors_file"] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         description["sha256"] = _digest(description)
         (file.parent / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(file.parent / DESCRIPTION, file)  # safetensors writes for the owner alone
         if folder.exists():
             folder.rename(temporary / "old")
         try:
@@ -258,8 +259,8 @@ def load_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modul
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{folder / DESCRIPTION} does not fit this {type(model).__name__} ({reason}): build the architecture that was "
-            "saved, with the same options"
+            f"{folder / DESCRIPTION} does not fit this {type(model).__name__} ({reason}): build the architecture "
+            "that was saved, with the same options"
         ) from None
     loaded.__dict__["s2d_quantization"] = description["quantization"]
     set_mode(loaded, "quantized")

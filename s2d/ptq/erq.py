@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import site_inputs
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
-    AffineQuantizer,
     Quantizer,
-    best_percentile_range,
     check_quantizer_bits,
     chunk_elements,
     fake_quantize,
@@ -25,6 +26,10 @@ from s2d.ptq.sites import CONVOLUTIONS, QuantizedLinear, quantized_layers
 
 WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)
 STEPS = 100
+# Of Aqer's ridge: its multiples to choose from, in how many parts the rows are cut for that, and how many outputs judge.
+RIDGE_FACTORS = (1.0, 10.0, 100.0)
+FOLDS = 4
+FEW_OUTPUTS = 128
 
 
 @torch.no_grad()
@@ -84,9 +89,9 @@ def erq(
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then
     for seen in site_inputs(model, batches, linear, progress=progress):
         site, grouped = seen.site, column_groups and seen.site.after == "norm"
-        moments = input_moments(seen.inputs[0].flatten(0, -2), site.input_quantizer)
+        x = seen.inputs[0].flatten(0, -2)
         fit = (lambda weight, grouped=grouped: _fitted(weight, w_bits, grouped)) if quantizes else None
-        solved[site.name] = solve_layer(site, moments, fit, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
+        solved[site.name] = solve_layer(site, x, fit, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
     for site in linear:
         weight, bias = solved[site.name]
         site.weight.copy_(weight)
@@ -157,7 +162,9 @@ class ColumnGroupQuantizer(Quantizer):
         grids = []
         for number in (0, 1):
             part = weight[:, group == number]
-            grids.append(row_quantizer(part if part.shape[1] else torch.zeros_like(weight[:, :1]), self.n_bits, percentiles))
+            grids.append(
+                row_quantizer(part if part.shape[1] else torch.zeros_like(weight[:, :1]), self.n_bits, percentiles)
+            )
         self.group = group.clone()
         self.scale, self.zero_point = (torch.cat([getattr(q, n) for q in grids], 1) for n in ("scale", "zero_point"))
 
@@ -226,11 +233,11 @@ def _fitted(weight: Tensor, n_bits: int, grouped: bool, group: Tensor | None = N
 
 @dataclass
 class Moments:
-    """What a layer's calibration rows amount to, with A = [Q(X), 1] for n rows.
+    """What n calibration rows of a layer amount to, with A = [Q(X), 1] and the error E = (X - Q(X)) W^T.
 
     Attributes:
-        gram: A^T A / n, ``(d + 1, d + 1)``.
-        cross: A^T (X - Q(X)) / n, ``(d + 1, d)``.
+        gram: A^T A, ``(d + 1, d + 1)``.
+        cross: A^T E, ``(d + 1, outputs)``.
         rows: n.
     """
 
@@ -238,43 +245,53 @@ class Moments:
     cross: Tensor
     rows: int
 
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.gram + other.gram, self.cross + other.cross, self.rows + other.rows)
+
+    def __sub__(self, other: Moments) -> Moments:
+        return Moments(self.gram - other.gram, self.cross - other.cross, self.rows - other.rows)
+
 
 def solver_dtype(device: torch.device) -> torch.dtype:
     """The dtype to solve linear systems in: float64 where there is one."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def input_moments(x: Tensor, quantizer: Quantizer | None, chunk: int | None = None) -> Moments:
+def input_moments(x: Tensor, weight: Tensor, quantizer: Quantizer | None, chunk: int | None = None) -> Moments:
     """Stream a layer's inputs into their moments; products in float32, sums over the chunks in float64.
 
     Args:
         x: ``(n, d)``.
+        weight: ``(outputs, d)``, of the layer.
         quantizer: of the inputs; None leaves them as they are.
         chunk: rows a product.
 
     Example:
-        >>> moments = input_moments(torch.tensor([[1.0], [3.0]]), None)
-        >>> moments.gram.tolist(), moments.cross.tolist()
-        ([[5.0, 2.0], [2.0, 1.0]], [[0.0], [0.0]])
+        >>> moments = input_moments(torch.tensor([[1.0], [3.0]]), torch.eye(1), None)
+        >>> moments.gram.tolist(), moments.cross.tolist(), moments.rows
+        ([[10.0, 4.0], [4.0, 2.0]], [[0.0], [0.0]], 2)
 
     Paper: none; ERQ.
     """
-    n, d = x.shape
+    d, outputs = x.shape[1], len(weight)
+    few = outputs < d  # then the error's outputs are cheaper to multiply with than its inputs
     dtype = solver_dtype(x.device)
-    gram, cross = (torch.zeros(d + 1, columns, dtype=dtype, device=x.device) for columns in (d + 1, d))
+    gram = torch.zeros(d + 1, d + 1, dtype=dtype, device=x.device)
+    cross = torch.zeros(d + 1, outputs if few else d, dtype=dtype, device=x.device)
     for part in x.split(chunk or max(1024, chunk_elements(x.device) // d)):
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         quantized = part if quantizer is None else quantizer(part)
-        inputs = torch.nn.functional.pad(quantized, (0, 1), value=1.0)
+        inputs = F.pad(quantized, (0, 1), value=1.0)
         gram += inputs.T @ inputs
         if quantizer is not None:
-            cross += inputs.T @ (part - quantized)
-    return Moments(gram / n, cross / n, n)
+            error = part - quantized
+            cross += inputs.T @ (error @ weight.T.to(part.dtype) if few else error)
+    return Moments(gram, cross if few else cross @ weight.T.to(dtype), len(x))
 
 
 def solve_layer(
     site: QuantizedLinear,
-    moments: Moments,
+    x: Tensor,
     fit: Callable[[Tensor], Quantizer] | None,
     *,
     ridge: float,
@@ -286,7 +303,7 @@ def solve_layer(
 
     Args:
         site: the layer, in floating point.
-        moments: of its inputs.
+        x: ``(n, d)``, its inputs.
         fit: gives a quantizer for a weight; None leaves the weight in floating point.
 
     Returns:
@@ -294,21 +311,24 @@ def solve_layer(
 
     Paper: none; ERQ.
     """
+    folds = [input_moments(part, site.weight, site.input_quantizer) for part in x.tensor_split(FOLDS) if len(part)]
+    moments = functools.reduce(operator.add, folds)
     weight = site.weight.detach().to(moments.gram.dtype)
     bias = weight.new_zeros(len(weight)) if site.bias is None else site.bias.detach().to(weight.dtype)
     original = torch.cat([weight, bias[:, None]], 1)
-    factor = upper_factor(moments.gram, ridge)
     goal = original
     if aqer and site.input_quantizer is not None:
-        goal = original + solve_upper(factor, moments.cross @ weight.T).T
+        goal = original + activation_correction(folds, moments, ridge)
     if fit is None:
         return goal[:, :-1], goal[:, -1]
     site.weight_quantizer = quantizer = fit(goal[:, :-1].float())
-    best = round_half_by_half(goal, quantizer, factor, refine=refine) if wqer else _rounded(goal, quantizer)
+    best = _rounded(goal, quantizer)
+    if wqer:
+        best = round_half_by_half(goal, quantizer, upper_factor(moments.gram, ridge), refine=refine)
     # The error is a sum over rows, so each may fall back on its own.
     plain_quantizer = _fitted_like(quantizer, weight.float())
     plain = _rounded(original, plain_quantizer)
-    worse = (excess_error(best, original, moments) > excess_error(plain, original, moments))[:, None]
+    worse = (excess_error(best - original, moments) > excess_error(plain - original, moments))[:, None]
     best = torch.where(worse, plain, best)
     quantizer.scale = torch.where(worse, plain_quantizer.scale, quantizer.scale)
     quantizer.zero_point = torch.where(worse, plain_quantizer.zero_point, quantizer.zero_point)
@@ -324,13 +344,13 @@ def _rounded(augmented: Tensor, quantizer: Quantizer) -> Tensor:
     return torch.cat([quantizer(augmented[:, :-1].float()).to(augmented.dtype), augmented[:, -1:]], 1)
 
 
-def excess_error(augmented: Tensor, original: Tensor, moments: Moments) -> Tensor:
-    r"""Mean squared error of each output, less what it is with weight and bias as they were.
+def excess_error(change: Tensor, moments: Moments) -> Tensor:
+    r"""Squared error of each output, summed over the rows, less what it is with weight and bias as they were.
 
-    .. math:: D G D^T - 2 D C W^T \text{ (its diagonal)}, \qquad D = [\hat W, \hat b] - [W, b]
+    .. math:: \operatorname{diag}(D G D^T - 2 D C)
 
     Args:
-        augmented, original: ``(outputs, d + 1)``, weight and bias.
+        change: D, ``(outputs, d + 1)``, what was added to [W, b].
         moments: G and C.
 
     Returns:
@@ -338,8 +358,37 @@ def excess_error(augmented: Tensor, original: Tensor, moments: Moments) -> Tenso
 
     Paper: none; ERQ's objective.
     """
-    change = augmented - original
-    return ((change @ moments.gram - 2 * original[:, :-1] @ moments.cross.T) * change).sum(1)
+    return ((change @ moments.gram - 2 * moments.cross.T) * change).sum(1)
+
+
+def activation_correction(folds: list[Moments], total: Moments, ridge: float) -> Tensor:
+    r"""What to add to [W, b] for quantized inputs: the ridge solution :math:`(A^T A + \lambda I)^{-1} A^T E`, transposed.
+
+    With few rows the solution follows their noise, more than the layer's error shrinks. So lambda is the multiple of
+    ``ridge`` (of ``RIDGE_FACTORS``) that is best in cross-validation over the folds, and where nothing lowers the error
+    of the rows left out, nothing changes.
+
+    Args:
+        folds: moments of parts of the rows.
+        total: their sum.
+        ridge: lambda over the inputs' mean square.
+
+    Returns:
+        ``(outputs, d + 1)``.
+
+    Paper: none; ERQ's activation quantization error reduction.
+    """
+    some = slice(None, None, -(-total.cross.shape[1] // FEW_OUTPUTS))
+    errors = torch.zeros(len(RIDGE_FACTORS), device=total.gram.device)
+    for fold in folds if len(folds) > 1 else []:
+        rest, test = (Moments(m.gram.float(), m.cross[:, some].float(), m.rows) for m in (total - fold, fold))
+        for i, factor in enumerate(RIDGE_FACTORS):
+            change = solve_upper(upper_factor(rest.gram, ridge * factor), rest.cross).T
+            errors[i] += excess_error(change, test).sum()
+    best = int(errors.argmin())
+    if not errors[best] < 0:
+        return torch.zeros_like(total.cross.T)
+    return solve_upper(upper_factor(total.gram, ridge * RIDGE_FACTORS[best]), total.cross).T
 
 
 def upper_factor(gram: Tensor, ridge: float) -> Tensor:
@@ -360,9 +409,8 @@ def upper_factor(gram: Tensor, ridge: float) -> Tensor:
 
     Paper: none.
     """
-    diagonal = gram.diagonal()[:-1]
-    # Inputs that are all zero leave nothing to solve; any lambda does.
-    unit = torch.where(diagonal.mean() > 0, diagonal.mean(), 1)
+    mean = gram.diagonal()[:-1].mean()
+    unit = torch.where(mean > 0, mean, 1)  # inputs that are all zero leave nothing to solve; any lambda does
     while True:
         damped = gram.clone()
         damped.diagonal()[:-1] += ridge * unit

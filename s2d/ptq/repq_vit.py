@@ -109,7 +109,9 @@ def calibrate_activations(
         if seen.site.norm in groups:
             grid = reparameterize(model, seen.site.norm, layers, rows, a_bits, percentiles)
         for layer in layers:
-            layer.input_quantizer = _tensor_quantizer(rows, a_bits, percentiles) if grid is None else _with_grid(a_bits, grid)
+            layer.input_quantizer = (
+                _tensor_quantizer(rows, a_bits, percentiles) if grid is None else _with_grid(a_bits, grid)
+            )
 
 
 def _tensor_quantizer(x: Tensor, n_bits: int, percentiles: Sequence[float]) -> AffineQuantizer:

@@ -44,19 +44,22 @@ def rtn(
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
     if a_bits not in SWITCHED_OFF:
-        for site in quantized_layers(model).values():
-            if not isinstance(site, CONVOLUTIONS):
-                site.input_quantizer = AffineQuantizer(a_bits, symmetric=symmetric, granularity=activations)
-        for product in products(model).values():
-            signed = product.kind == "qk"
-            product.left_quantizer = AffineQuantizer(a_bits, symmetric=symmetric and signed)
-            product.right_quantizer = AffineQuantizer(a_bits, symmetric=symmetric)
-        _observe_inputs(model, batches)
+        calibrate_inputs(model, batches, a_bits, symmetric=symmetric, activations=activations)
     if w_bits not in SWITCHED_OFF:
         round_weights(model, w_bits, symmetric=symmetric)
 
 
-def _observe_inputs(model: nn.Module, batches: list[Any]) -> None:
+def calibrate_inputs(
+    model: nn.Module, batches: list[Any], a_bits: int, *, symmetric: bool = False, activations: str = "per_tensor"
+) -> None:
+    """Put the inputs of every Linear layer and attention product on min-max grids, in place."""
+    for site in quantized_layers(model).values():
+        if not isinstance(site, CONVOLUTIONS):
+            site.input_quantizer = AffineQuantizer(a_bits, symmetric=symmetric, granularity=activations)
+    for product in products(model).values():
+        signed = product.kind == "qk"
+        product.left_quantizer = AffineQuantizer(a_bits, symmetric=symmetric and signed)
+        product.right_quantizer = AffineQuantizer(a_bits, symmetric=symmetric)
     chosen: list[Site] = [site for site in quantized_layers(model).values() if site.input_quantizer is not None]
     chosen += products(model).values()
 

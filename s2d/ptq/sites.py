@@ -29,7 +29,7 @@ class Site(nn.Module):
         name: where the site is in the model.
         mode: ``"float"``: quantizers off. ``"observe"``: floating point, and ``visit`` sees every call.
             ``"quantized"``: inputs are quantized; the weight already is. ``"train"``: the weight is quantized at every
-            call as well, with the straight-through estimator (QAT).
+            call as well, on a grid fitted to it anew, with the straight-through estimator (QAT).
         visit: ``visit(site, inputs, output) -> output``, called in observe mode. ``inputs`` is ``(x,)`` for a layer,
             ``(left, right)`` for a product.
     """
@@ -88,6 +88,8 @@ class _WeightedSite(Site):
         if self.mode in ("quantized", "train") and self.input_quantizer is not None:
             x = self.input_quantizer(x)
         if self.mode == "train" and self.weight_quantizer is not None:
+            self.weight_quantizer.observe(weight.detach())  # the grid follows the weight
+            self.weight_quantizer.freeze()
             weight = self.weight_quantizer(weight)
         return self.product(x, weight, bias)
 

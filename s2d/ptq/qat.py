@@ -1,0 +1,86 @@
+"""Quantization-aware training: the rounding in the forward pass, the straight-through estimator in the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from s2d.ptq.calibrate import split_batches
+from s2d.ptq.prepare import prepare
+from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, check_bits
+from s2d.ptq.rtn import calibrate_inputs
+from s2d.ptq.sites import quantized_layers, set_mode
+
+
+def begin_qat(
+    model: nn.Module,
+    *,
+    w_bits: int,
+    a_bits: int,
+    calibration: Any,
+    symmetric: bool = False,
+    exclude: Sequence[str] = (),
+    batch_size: int = 32,
+) -> nn.Module:
+    r"""A copy to train: it computes with quantized weights and activations, its parameters stay in floating point.
+
+    .. math:: \frac{\partial \hat x}{\partial x} := 1 \text{ inside the range of the grid, } 0 \text{ where } x
+        \text{ is clamped}
+
+    The grid of a weight (per output channel, min-max) follows the weight at every call; those of the activations (per
+    tensor, min-max) come from the calibration data and stay. Train the copy with any loop and optimizer, then call
+    :func:`finish_qat`.
+
+    Args:
+        model: what to start from; left untouched.
+        w_bits, a_bits, calibration, exclude, batch_size: see :func:`s2d.ptq.quantize`.
+        symmetric: grids without a zero point.
+
+    Returns:
+        The copy, in training mode.
+
+    Raises:
+        ValueError: see :func:`s2d.ptq.quantize`.
+
+    Example:
+        >>> import torch
+        >>> copy = begin_qat(nn.Linear(4, 2), w_bits=2, a_bits=8, calibration=torch.randn(8, 4))
+        >>> copy(torch.randn(3, 4)).sum().backward()
+        >>> bool((copy.weight.grad != 0).any()), len(finish_qat(copy).weight[0].unique()) <= 4
+        (True, True)
+
+    Paper: none (its outlook; the checkpoints it is started from are the paper's).
+    """
+    check_bits(w_bits, "w_bits")
+    check_bits(a_bits, "a_bits")
+    batches = split_batches(calibration, batch_size)
+    quantized = prepare(model, batches, exclude=exclude)
+    if a_bits not in SWITCHED_OFF:
+        calibrate_inputs(quantized, batches, a_bits, symmetric=symmetric)
+    if w_bits not in SWITCHED_OFF:
+        for site in quantized_layers(quantized).values():
+            site.weight_quantizer = AffineQuantizer(w_bits, symmetric=symmetric, granularity="per_channel")
+            site.weight_quantizer.observe(site.weight.detach())
+            site.weight_quantizer.freeze()
+    set_mode(quantized, "train")
+    quantized.__dict__["s2d_quantization"] = {"method": "qat", "w_bits": w_bits, "a_bits": a_bits, "options": {}}
+    return quantized.train()
+
+
+def finish_qat(model: nn.Module) -> nn.Module:
+    """Put the trained weights on their grids for good, in place; the result is an ordinary quantized model.
+
+    Raises:
+        ValueError: if a weight is not finite.
+
+    Paper: none.
+    """
+    for site in quantized_layers(model).values():
+        if site.weight_quantizer is not None:
+            site.weight_quantizer.observe(site.weight.detach())
+            site.weight_quantizer.freeze()
+            site.freeze_weight()
+    set_mode(model, "quantized")
+    return model.eval()

@@ -1,0 +1,418 @@
+"""``python -m s2d.ptq``: what it measures against the library by hand, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from s2d import ptq
+from s2d.ptq import command
+from s2d.ptq.checkpoint import load_quantized
+from s2d.ptq.command import main
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCH = "vit_tiny_patch16_224"
+SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+OPTIONS = ["--model-options", json.dumps(SHAPE)]
+RANDOM = [*OPTIONS, "--calibration", "random", "--images", "4"]
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = timm.create_model(ARCH, **SHAPE)
+    nn.init.normal_(model.head.weight)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """A working directory with a checkpoint and data to calibrate and test on."""
+    monkeypatch.chdir(tmp_path)
+    save_file(network().state_dict(), "model.safetensors")
+    for name, seed, count in (("train", 1, 8), ("test", 2, 20)):
+        images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            labels = network()(images).argmax(1)
+        labels[0] = (labels[0] + 1) % 3  # one is wrong
+        save_file({"images": images, "labels": labels}, f"{name}.safetensors")
+    return tmp_path
+
+
+FILE = ["model.safetensors", "--arch", ARCH, *OPTIONS, "--calibration", "train.safetensors", "--images", "8"]
+
+
+def write_images(folder: Path, count: int, classes: int = 0) -> None:
+    for i in range(count):
+        place = folder / f"class{i % classes}" if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        colour = tuple(int(value) for value in torch.randint(256, (3,), generator=torch.Generator().manual_seed(i)))
+        Image.new("RGB", (20 + i, 24), colour).save(place / f"{i}.png")
+
+
+def fails(arguments: list[str], capsys, *, code: int = 2) -> str:
+    """The one line of the error."""
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and err.splitlines()[-1] == errors[0], err
+    return errors[0]
+
+
+# --- what it measures ---
+
+
+@pytest.mark.parametrize("method", sorted(ptq.METHODS))
+def test_numbers_are_those_of_the_library(method: str, folder: Path, capsys) -> None:
+    extra = ["--method", method, "--w-bits", "4", "--a-bits", "6", "--test", "test.safetensors", "--batch-size", "6"]
+    assert main([*FILE, *extra, "--json", "result.json", "--save", "saved"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads((folder / "result.json").read_text())
+
+    data = load_file("test.safetensors")
+    quantized = load_quantized(network(seed=5), "saved")
+    with torch.no_grad():
+        plain, found = network()(data["images"]), quantized(data["images"])
+    test = result["test"]
+    error = (found - plain).double().square().sum() / plain.double().square().sum()
+    assert test["logit_error"] == pytest.approx(error.item(), rel=1e-4)
+    assert test["agreement"] == (found.argmax(1) == plain.argmax(1)).double().mean().item()
+    assert test["accuracy_float"] == 19 / 20 and test["items"] == 20
+    assert test["accuracy_quantized"] == (found.argmax(1) == data["labels"]).double().mean().item()
+    assert result["coverage"]["quantized"] == 8 and result["coverage"]["left_out"] == []
+    assert result["method"] == method and result["versions"]["torch"] == torch.__version__ and not result["smoke_run"]
+    assert result["size"]["float_model"] == sum(p.nbytes for p in network().parameters())
+    assert "accuracy, floating point  95.00%" in out and "quantize: " in err and method in out
+    assert "warning" not in err
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors", "result.json", "saved", "test.safetensors", "train.safetensors",
+    ]  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_numbers(folder: Path, capsys) -> None:
+    results = []
+    for seed in (3, 3, 4):
+        arguments = [ARCH, *RANDOM, "--test", "random", "--seed", str(seed), "--json", f"{len(results)}.json"]
+        assert main(arguments) == 0
+        results.append(json.loads((folder / f"{len(results)}.json").read_text())["test"])
+    assert results[0] == results[1] != results[2]
+
+
+def test_a_smoke_run_says_so(capsys) -> None:
+    assert main([ARCH, *RANDOM, "--test", "random"]) == 0
+    out, err = capsys.readouterr()
+    assert "warning: random data" in err and "warning: random weights" in err and "mean nothing" in out
+    assert "accuracy," not in out and "relative logit error" in out
+
+
+def test_options_exclusions_and_transforms_reach_the_method(folder: Path, capsys, monkeypatch) -> None:
+    done = []
+    monkeypatch.setitem(ptq.TRANSFORMS, "note", lambda model, batches: done.append(len(batches)))
+    more = [
+        "--option",
+        "symmetric=True",
+        "--option",
+        "activations=per_token",
+        "--exclude",
+        "head",
+        "--transforms",
+        "note",
+    ]
+    assert main([*FILE, *more, "--batch-size", "3", "--json", "result.json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["options"] == {"symmetric": True, "activations": "per_token"} and done == [3]
+    assert result["coverage"]["left_out"] == ["head (excluded)"] and "test" not in result
+    assert "note, then rtn, symmetric=True, activations=per_token" in out and "head (excluded)" in err
+
+
+# --- data ---
+
+
+def test_the_same_data_is_split(folder: Path, capsys) -> None:
+    arguments = [*FILE[:-1], "5", "--test", "./train.safetensors", "--json", "result.json"]
+    assert main(arguments) == 0
+    assert "holds 5 of the calibration items: it is tested on 3 others" in capsys.readouterr().err
+    assert json.loads((folder / "result.json").read_text())["test"]["items"] == 3
+
+
+def test_images_in_class_folders_flat_folders_and_links(folder: Path, capsys) -> None:
+    write_images(folder / "train", 9, classes=3)
+    (folder / "flat").mkdir()
+    for i in range(9):  # the same images under other names, and three more
+        (folder / "flat" / f"link{i}.png").symlink_to(folder / "train" / f"class{i % 3}" / f"{i}.png")
+    write_images(folder / "flat", 3)
+    base = ["model.safetensors", "--arch", ARCH, *OPTIONS, "--calibration", "train", "--images", "6"]
+    assert main([*base, "--test", "train", "--json", "result.json"]) == 0
+    test = json.loads((folder / "result.json").read_text())["test"]
+    assert test["items"] == 3 and "accuracy_float" in test
+    assert main([*base, "--test", "flat", "--json", "result.json"]) == 0
+    test = json.loads((folder / "result.json").read_text())["test"]
+    assert test["items"] == 6 and "accuracy_float" not in test
+    assert main([*base, "--test", "flat", "--test-images", "2", "--json", "result.json"]) == 0
+    assert json.loads((folder / "result.json").read_text())["test"]["items"] == 2
+
+
+def test_images_are_preprocessed_as_timm_would(folder: Path, monkeypatch) -> None:
+    write_images(folder / "train", 2)
+    seen = []
+    real = ptq.quantize
+    monkeypatch.setattr(ptq, "quantize", lambda model, **kw: seen.append(kw["calibration"]) or real(model, **kw))
+    base = ["model.safetensors", "--arch", ARCH, *OPTIONS, "--calibration", "train", "--images", "2"]
+    assert main(base) == 0
+    config = timm.data.resolve_data_config({}, model=network()) | {"input_size": (3, 16, 16)}
+    transform = timm.data.create_transform(**config)
+    expected = {transform(Image.open(path)).sum().item() for path in (folder / "train").iterdir()}
+    assert {image.sum().item() for image in seen[0]} == expected and seen[0].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (
+            {"images": torch.zeros(4, 3, 16, 16, dtype=torch.uint8)},
+            "images is uint8 of shape .*store normalised floating",
+        ),
+        ({"images": torch.zeros(4, 16, 16)}, "shape \\(4, 16, 16\\): store normalised"),
+        ({"pictures": torch.zeros(4, 3, 16, 16)}, "has pictures: store 'images'"),
+        ({"images": torch.zeros(4, 3, 16, 16), "labels": torch.zeros(3).long()}, "labels has shape \\(3,\\): store 4"),
+        ({"input_ids": torch.zeros(4, 5).long()}, "holds sequences, the model takes images"),
+        ({"images": torch.zeros(8, 3, 9, 9)}, "cannot take an item of shape \\(3, 9, 9\\)"),
+        ({"images": torch.full((8, 3, 16, 16), torch.nan)}, "NaN or infinity"),
+    ],
+)
+def test_bad_tensors(contents: dict[str, Tensor], message: str, folder: Path, capsys) -> None:
+    save_file(contents, "train.safetensors")
+    assert re.search(message, fails([*FILE[:-1], "4"], capsys))
+
+
+def test_bad_test_data(folder: Path, capsys) -> None:
+    def save(**tensors: Tensor) -> None:
+        save_file(tensors, "bad.safetensors")
+
+    save(images=torch.zeros(2, 3, 16, 16), labels=torch.tensor([0, 3]))
+    assert "labels up to 3, the model's output has shape (N, 3)" in fails([*FILE, "--test", "bad.safetensors"], capsys)
+    (folder / "bad.safetensors").write_bytes(b"1234")
+    assert "bad.safetensors cannot be read" in fails([*FILE, "--test", "bad.safetensors"], capsys)
+    assert "all its 8 items are calibration items" in fails([*FILE, "--test", "train.safetensors"], capsys)
+    (folder / "empty").mkdir()
+    assert "empty holds no images" in fails([*FILE, "--test", "empty"], capsys)
+    write_images(folder / "mixed", 2)
+    write_images(folder / "mixed", 2, classes=1)
+    assert "holds images and folders of images" in fails([*FILE, "--test", "mixed"], capsys)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "a.png").write_bytes(b"no image")
+    assert "a.png cannot be read as an image" in fails([*FILE, "--test", "broken"], capsys)
+    (folder / "data.csv").write_text("")
+    assert "--test data.csv is of no known kind" in fails([*FILE, "--test", "data.csv"], capsys)
+    (folder / "data.txt").write_text("words")
+    assert "data.txt is a text, the model takes images" in fails([*FILE, "--test", "data.txt"], capsys)
+
+
+# --- bad input, before any work ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: MODEL, --calibration"),
+        ([ARCH], "required: --calibration"),
+        (
+            ["vit_tinny_patch16_224", "--calibration", "random"],
+            "MODEL 'vit_tinny_patch16_224' is no timm model: did you mean",
+        ),
+        (["nothing.safetensors", "--calibration", "random"], "nothing.safetensors does not exist"),
+        (["model.safetensors", "--calibration", "random"], "add --arch with the name of a timm model"),
+        (["model.safetensors", "--arch", "vit", "--calibration", "random"], "--arch 'vit' is no timm model"),
+        ([ARCH, "--arch", ARCH, "--calibration", "random"], "--arch is not for a timm model"),
+        ([*FILE, "--pretrained"], "--pretrained is not for a file"),
+        ([ARCH, *RANDOM, "--method", "eqr"], "--method 'eqr' is unknown"),
+        ([ARCH, *RANDOM, "--method", "rtm"], "--method 'rtm' is unknown: did you mean 'rtn'?"),
+        ([ARCH, *RANDOM, "--transforms", "flip"], "--transforms 'flip' is unknown"),
+        ([ARCH, *RANDOM, "--w-bits", "9"], "--w-bits is 9: choose 2 to 8"),
+        ([ARCH, *RANDOM, "--a-bits", "four"], "argument --a-bits: invalid int value: 'four'"),
+        ([ARCH, *RANDOM, "--images", "0"], "'0' is not a whole number of 1 or more"),
+        ([ARCH, *RANDOM, "--option", "symmetric"], "--option 'symmetric' is not of the form NAME=VALUE"),
+        ([ARCH, *RANDOM, "--option", "size=3"], "method 'rtn' has no option 'size'"),
+        ([ARCH, *RANDOM, "--option", "symmetric=True", "--option", "symmetric=False"], "symmetric is given twice"),
+        ([ARCH, *RANDOM, "--option", "activations=odd"], "activations is 'odd': choose one of"),
+        ([ARCH, *RANDOM, "--exclude", "nothing"], "exclude='nothing' matches no layer"),
+        ([ARCH, *RANDOM, "--device", "gpu"], "--device 'gpu' cannot be used"),
+        ([ARCH, *RANDOM, "--save", "there"], "there exists: choose another folder"),
+        ([ARCH, *RANDOM, "--json", "nowhere/a.json"], "--json nowhere/a.json cannot be written"),
+        ([ARCH, *RANDOM, "--typo"], "unrecognized arguments: --typo"),
+        ([ARCH, "--model-options", "{", "--calibration", "random"], "--model-options '{' is not JSON"),
+        ([ARCH, "--model-options", "3", "--calibration", "random"], "--model-options '3' is no JSON object"),
+        (
+            [ARCH, "--model-options", '{"colour": 1}', "--calibration", "random"],
+            "timm cannot make vit_tiny_patch16_224",
+        ),
+        ([ARCH, "--calibration", "nowhere"], "--calibration nowhere does not exist"),
+        (FILE[:-1] + ["9"], "--images is 9, train.safetensors has 8"),
+        (["there", "--calibration", "random"], "there has no config.json"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, folder: Path, capsys) -> None:
+    (folder / "there").mkdir()
+    assert message in fails(arguments, capsys)
+    assert not (folder / "result.json").exists()
+
+
+def test_bad_checkpoints(folder: Path, capsys) -> None:
+    state = network().state_dict()
+    rest = ["--arch", ARCH, *OPTIONS, *FILE[5:]]
+    save_file({name: tensor for name, tensor in state.items() if name != "norm.bias"}, "less.safetensors")
+    assert "less.safetensors lacks norm.bias" in fails(["less.safetensors", *rest], capsys)
+    save_file(state | {"more": torch.zeros(1)}, "more.safetensors")
+    assert "has, beyond the model, more" in fails(["more.safetensors", *rest], capsys)
+    save_file(state | {"head.bias": torch.zeros(7)}, "other.safetensors")
+    assert "head.bias has shape (7,), in vit_tiny_patch16_224 (3,)" in fails(["other.safetensors", *rest], capsys)
+    Path("cut.safetensors").write_bytes(Path("model.safetensors").read_bytes()[:-9])
+    assert "cut.safetensors cannot be read" in fails(["cut.safetensors", *rest], capsys)
+    Path("model.pt").write_bytes(b"x")
+    assert "model.pt is no .safetensors file: convert it" in fails(["model.pt", *rest], capsys)
+    assert main([*FILE, "--save", "saved"]) == 0
+    capsys.readouterr()
+    assert "saved is quantized already" in fails(["saved", "--calibration", "random"], capsys)
+
+
+def test_pretrained_weights_that_cannot_be_fetched(capsys, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    line = fails([ARCH, "--pretrained", "--calibration", "random"], capsys, code=1)
+    assert "no route to host" in line and "--pretrained needs a network" in line
+
+
+# --- Hugging Face folders ---
+
+
+def causal_model(folder: Path) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=30, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_language_model_on_a_text(folder: Path, capsys) -> None:
+    model = causal_model(folder / "llama")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(30)} | {"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder / "llama")
+    ids = torch.randint(30, (8 * 6,), generator=torch.Generator().manual_seed(0))
+    Path("text.txt").write_text(" ".join(f"w{i}" for i in ids.tolist()))
+
+    arguments = ["llama", "--calibration", "text.txt", "--test", "text.txt", "--images", "4", "--sequence-length", "8"]
+    assert main([*arguments, "--w-bits", "8", "--json", "result.json", "--save", "saved"]) == 0
+    result = json.loads((folder / "result.json").read_text())
+    assert result["kind"] == "sequences" and result["test"]["items"] == 2
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))[4:]
+    with torch.no_grad():
+        expected = model(input_ids=ids.view(6, 8)[order], labels=ids.view(6, 8)[order]).loss.exp().item()
+    assert result["test"]["perplexity_float"] == pytest.approx(expected, rel=1e-4)
+    assert "perplexity, quantized" in capsys.readouterr().out
+    save_file({"input_ids": ids.view(6, 8)}, "ids.safetensors")
+    assert main(["llama", "--calibration", "ids.safetensors", "--images", "2", "--sequence-length", "8"]) == 0
+    capsys.readouterr()
+    assert "the model takes 32: give at most that" in fails(["llama", *arguments[1:-1], "64"], capsys)
+    save_file({"images": torch.zeros(2, 3, 4, 4)}, "images.safetensors")
+    line = fails(["llama", "--calibration", "images.safetensors", "--sequence-length", "8"], capsys)
+    assert "holds images, the model takes sequences" in line
+    (folder / "llama" / "tokenizer.json").unlink()
+    (folder / "llama" / "tokenizer_config.json").unlink()
+    assert "llama has no tokenizer" in fails(arguments, capsys)
+
+
+def test_an_image_classifier_with_its_own_label_names(folder: Path, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+        label2id={"class1": 0, "class0": 1}, id2label={0: "class1", 1: "class0"},
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder / "vit")
+    write_images(folder / "train", 6, classes=2)
+    arguments = ["vit", "--calibration", "train", "--images", "3", "--test", "train", "--json", "result.json"]
+    assert main(arguments) == 0
+    _, err = capsys.readouterr()
+    assert "vit has no preprocessor_config.json: images are resized, cropped" in err
+    by_fallback = json.loads((folder / "result.json").read_text())["test"]
+    assert by_fallback["items"] == 3 and "accuracy_float" in by_fallback
+    size = {"height": 16, "width": 16}
+    transformers.ViTImageProcessor(size=size).save_pretrained(folder / "vit")
+    assert main(arguments) == 0
+    assert "preprocessor_config.json" not in capsys.readouterr().err
+
+
+def test_code_in_a_folder_is_never_run(folder: Path, capsys) -> None:
+    pytest.importorskip("transformers")
+    causal_model(folder / "llama")
+    config = json.loads((folder / "llama" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "llama" / "config.json").write_text(json.dumps(config))
+    (folder / "llama" / "code.py").write_text("raise SystemExit('executed')")
+    assert "MODEL llama cannot be loaded" in fails(["llama", "--calibration", "random"], capsys)
+    for file in (folder / "llama").glob("*.safetensors"):
+        file.rename(file.with_name("pytorch_model.bin"))
+    assert "llama has no .safetensors file" in fails(["llama", "--calibration", "random"], capsys)
+
+
+# --- the process ---
+
+
+def test_an_interrupted_process_ends_with_130_and_leaves_nothing(folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "s2d.ptq"]
+    arguments = [*start, ARCH, "--calibration", "random", "--test", "random", "--images", "512", "--save", "saved"]
+    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("quantize ..."):
+                break
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().splitlines()[-1] == "interrupted"
+        assert process.wait(30) == 130
+    assert not (folder / "saved").exists()
+
+
+def test_failures_that_are_not_the_callers(folder: Path, capsys, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(command, "save_quantized", fail)
+    assert "out of memory" in fails([*FILE, "--save", "saved"], capsys, code=1)
+
+
+def test_help(capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and "--calibration DATA" in out and "Exit codes: 0" in out
+    assert all(method in out for method in ptq.METHODS)
+
+
+def test_the_command_does_not_import_the_laboratory() -> None:
+    assert "s2d.lab" not in inspect.getsource(command)
