@@ -215,6 +215,16 @@ def test_a_model_that_is_one_layer_and_excluded_layers(tmp_path: Path) -> None:
     assert torch.allclose(session(model, x, tmp_path)(x), model(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"method": "repq_vit"}, {"method": "erq", "column_groups": False}])
+def test_other_methods_whose_layers_have_uniform_grids(options: dict, tmp_path: Path) -> None:
+    model = quantize(vit(), w_bits=8, a_bits=8, calibration=data(32, 3, 8, 8), **options)
+    x = data(64, 3, 8, 8, seed=3)
+    with torch.no_grad():
+        simulated = without_product_quantizers(model)(x)
+    relative = (session(model, x, tmp_path)(x) - simulated).norm(dim=1) / simulated.norm(dim=1)
+    assert relative.min() < 1e-6 and relative.max() < 0.05  # without and with inputs on a rounding border
+
+
 # --- refusals ---
 
 
@@ -223,7 +233,7 @@ def test_a_model_that_is_one_layer_and_excluded_layers(tmp_path: Path) -> None:
     [
         ({"w_bits": 32}, "layer 0: its weight is in floating point.*at most 8"),
         ({"a_bits": 32}, "layer 0: its input is in floating point.*at most 8"),
-        ({"activations": "per_token"}, r"layer 0: its input has AffineQuantizer \(per_token\).*choose another"),
+        ({"activations": "per_token"}, r"layer 0: its input has AffineQuantizer \(per_token\).*use rtn, smoothquant"),
         ({"transforms": [rotate]}, r"layer 0 has an input transform \(Rotation\): quantize without transforms="),
     ],
 )

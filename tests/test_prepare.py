@@ -210,6 +210,18 @@ def test_generation_runs_on_a_quantized_language_model() -> None:
     assert made.shape == (1, 11)
 
 
+def test_products_of_an_input_transform_are_none_of_the_attentions() -> None:
+    class Turn(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.eye(32)
+
+    model, batch = built("timm ViT"), MODELS["timm ViT"][1]
+    prepared = prepare(model, batch)
+    prepared.blocks[0].attn.qkv.input_transform = Turn()
+    with mode(prepared, "observe"):
+        torch.testing.assert_close(prepared(batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
 # --- nn.MultiheadAttention -------------------------------------------------------------------------------------------
 
 

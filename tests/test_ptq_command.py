@@ -364,7 +364,14 @@ def test_an_image_classifier_with_its_own_label_names(folder: Path, capsys) -> N
     size = {"height": 16, "width": 16}
     transformers.ViTImageProcessor(size=size).save_pretrained(folder / "vit")
     assert main(arguments) == 0
-    assert "preprocessor_config.json" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "preprocessor_config.json" not in err and "these are random" not in err
+    state = load_file("vit/model.safetensors")
+    save_file({k: v for k, v in state.items() if "classifier" not in k}, "vit/model.safetensors", {"format": "pt"})
+    assert main(arguments) == 0
+    assert (
+        "vit has no classifier.bias, classifier.weight (2 missing in all): these are random" in capsys.readouterr().err
+    )
 
 
 def test_code_in_a_folder_is_never_run(folder: Path, capsys) -> None:

@@ -60,7 +60,7 @@ def images_error(model: nn.Module, x: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["affine", "plain", "rms"])
 def test_reparameterized_model_has_the_same_function(kind: str, bias: bool) -> None:
-    model, x = attention(kind, bias), inputs()
+    model, x = attention(kind, bias), inputs() * torch.logspace(-1, 1, 8)
     expected = model(x)
     prepared = prepare(model, x)
     assert norm_groups(prepared).keys() == {"norm"}

@@ -439,11 +439,31 @@ def test_learned_is_never_worse_than_its_start(bits: int) -> None:
         assert (r @ r.T - torch.eye(width)).abs().max() < 1e-6
 
 
-def test_learning_finds_something_better() -> None:
-    start = Rotation(32, seed=0)
-    terms = [(normal(200, 32) * torch.linspace(0.1, 3, 32), False, 1.0), (normal(40, 32, seed=1), True, 1.0)]
-    learned = learn_rotation(start, terms, bits=4, steps=60, rows=100)
-    assert rotation_error(learned.dense(), terms, 4) < 0.8 * rotation_error(start.dense(), terms, 4)
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.9), (8, 1.01)])
+def test_learning_finds_something_better_for_new_data_too(bits: int, most: float) -> None:
+    start = Rotation(32, seed=1)
+    spectrum = torch.linspace(0.1, 3, 32)
+    x, w, new = normal(400, 32) * spectrum, normal(40, 32, seed=1), normal(400, 32, seed=2) * spectrum
+    terms = [(x, False, 1.0), (w, True, 1.0)]
+    learned = learn_rotation(start, terms, bits=bits, steps=100, rows=300)
+
+    def error_of_new_data(rotation: Rotation) -> float:
+        """On the grid of the old, so that what lies beyond it is clamped."""
+        return rotation_error(rotation.dense(), [(torch.cat([x, new]), False, 1.0)], bits, (0.0, 0.5)).item()
+
+    errors = [rotation_error(rotation.dense(), terms, bits).item() for rotation in (learned, start)]
+    assert errors[0] <= min(most, 1) * errors[1]
+    assert error_of_new_data(learned) <= most * error_of_new_data(start)
+
+
+def test_range_from_a_part_of_the_rows_by_hand() -> None:
+    x = torch.tensor([[1.0], [2.0], [3.0], [9.0]])
+    # 2 bits over rows 4 and 1 (values 9 and 1): step 3. Over rows 1 and 2: step 2/3, so 3 and 9 are clamped to 2.
+    around = (1 + 1 + 0 + 0) / 95
+    clamped = ((1 - 2 / 3) ** 2 + 0 + 1 + 49) / 95
+    matrix = torch.eye(1)
+    assert rotation_error(matrix, [(x, False, 1.0)], 2, (0.75, 0.5)).item() == pytest.approx(around, rel=1e-5)
+    assert rotation_error(matrix, [(x, False, 1.0)], 2, (0.0, 0.5)).item() == pytest.approx(clamped, rel=1e-5)
 
 
 def test_the_start_stays_where_nothing_is_better() -> None:

@@ -322,7 +322,7 @@ def test_the_key_changes_with_every_field_of_a_recipe() -> None:
 def test_the_key_changes_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     before = {recipe: recipe_key(RECIPES[recipe]) for recipe in RECIPES}
-    monkeypatch.setattr(store, "code_fingerprint", lambda with_s2d: asked.append(with_s2d) or "other")
+    monkeypatch.setattr(store, "code_fingerprint", lambda with_s2d, with_qat: asked.append(with_s2d) or "other")
     assert all(recipe_key(RECIPES[recipe]) != key for recipe, key in before.items())
     recipe_key(replace(FINETUNE, start=S2D))  # a plain fine-tuning of a checkpoint that S2D made
     recipe_key(FINETUNE)
@@ -490,7 +490,7 @@ def test_what_is_missing_is_none(entry: Path) -> None:
 
 
 def test_an_entry_made_by_other_code_is_not_found(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "code_fingerprint", lambda with_s2d: "other")
+    monkeypatch.setattr(store, "code_fingerprint", lambda with_s2d, with_qat: "other")
     assert find(TINY) is None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from s2d.ptq.calibrate import split_batches
 from s2d.ptq.erq import erq
-from s2d.ptq.prepare import coverage, prepare
+from s2d.ptq.prepare import coverage, device_of, prepare
 from s2d.ptq.ptq4vit import base_ptq, ptq4vit
 from s2d.ptq.quantizers import check_bits
 from s2d.ptq.repq_vit import repq_vit
@@ -94,13 +94,18 @@ def quantize(
     check_bits(a_bits, "a_bits")
     _check_options(method, options)
     applied = [_transform(transform) for transform in transforms]
-    batches = split_batches(calibration, batch_size)
+    batches = split_batches(calibration, batch_size, device_of(model))
     quantized = prepare(model, batches, exclude=exclude)
     for transform in applied:
         transform(quantized, batches)
     METHODS[method](quantized, batches, w_bits=w_bits, a_bits=a_bits, progress=progress, **options)
     set_mode(quantized, "quantized")
-    quantized.__dict__["s2d_quantization"] = {"method": method, "w_bits": w_bits, "a_bits": a_bits, "options": options}
+    names = [
+        transform if isinstance(transform, str) else getattr(transform, "__name__", str(transform))
+        for transform in transforms
+    ]
+    described = {"method": method, "w_bits": w_bits, "a_bits": a_bits, "options": options, "transforms": names}
+    quantized.__dict__["s2d_quantization"] = described
     return quantized.eval()
 
 

@@ -15,13 +15,14 @@ from s2d.ptq.trace import call
 GIB = 2**30
 
 
-def split_batches(calibration: Any, batch_size: int) -> list[Any]:
+def split_batches(calibration: Any, batch_size: int, device: torch.device | None = None) -> list[Any]:
     """Cut calibration data into batches, each something the model can be called with.
 
     Args:
         calibration: a tensor ``(N, ...)``; a tuple (positional arguments) or a mapping (keyword arguments) of tensors
             with the same N, other values being passed on as they are; or a list of such batches, taken as it is.
         batch_size: N of a batch, at least 1.
+        device: where the batches are put; None leaves them where they are.
 
     Raises:
         ValueError: for data of another form, that is empty, or that holds NaN or infinity.
@@ -35,7 +36,7 @@ def split_batches(calibration: Any, batch_size: int) -> list[Any]:
     if isinstance(calibration, list):
         if not calibration:
             raise ValueError("the calibration set is empty: give at least one image")
-        return [batch for part in calibration for batch in split_batches(part, _length(part) or 1)]
+        return [batch for part in calibration for batch in split_batches(part, _length(part) or 1, device)]
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
     n = _length(calibration)
@@ -44,7 +45,7 @@ def split_batches(calibration: Any, batch_size: int) -> list[Any]:
     for tensor in _tensors(calibration):
         if not torch.isfinite(tensor).all():
             raise ValueError("the calibration set holds NaN or infinity: check the images")
-    return [_slice(calibration, n, start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    return [_slice(calibration, n, start, start + batch_size, device) for start in range(0, n, batch_size)]
 
 
 def _tensors(batch: Any) -> list[Tensor]:
@@ -65,12 +66,14 @@ def _length(batch: Any) -> int:
     return lengths.pop()
 
 
-def _slice(batch: Any, n: int, start: int, stop: int) -> Any:
+def _slice(batch: Any, n: int, start: int, stop: int, device: torch.device | None = None) -> Any:
     def part(value):
-        return value[start:stop] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+        if not isinstance(value, Tensor):
+            return value
+        return (value[start:stop] if value.ndim and len(value) == n else value).to(device)
 
     if isinstance(batch, Tensor):
-        return batch[start:stop]
+        return part(batch)
     if isinstance(batch, Mapping):
         return {key: part(value) for key, value in batch.items()}
     return tuple(part(value) for value in batch)

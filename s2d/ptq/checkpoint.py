@@ -74,7 +74,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, overwrit
         description["sha256"] = _digest(description)
         (file.parent / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         shutil.copymode(file.parent / DESCRIPTION, file)  # safetensors writes for the owner alone
-        if folder.exists():
+        if overwrite and folder.exists():
             folder.rename(temporary / "old")
         try:
             file.parent.rename(folder)

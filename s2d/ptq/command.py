@@ -1,4 +1,4 @@
-"""Quantize a model from the command line, and say what it cost in accuracy::
+r"""Quantize a model from the command line, and say what it cost in accuracy::
 
     python -m s2d.ptq vit_tiny_patch16_224 --pretrained --method erq --w-bits 4 --a-bits 4 \
         --calibration imagenet/train --test imagenet/val --save vit_tiny_w4a4 --json vit_tiny_w4a4.json
@@ -384,12 +384,15 @@ def _folder_model(args: argparse.Namespace) -> Subject:
     kinds["ForImageClassification"] = "AutoModelForImageClassification"
     kind = next((auto for ending, auto in kinds.items() if architecture.endswith(ending)), "AutoModel")
     try:
-        model = getattr(transformers, kind).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        model, found = getattr(transformers, kind).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"MODEL {folder} cannot be loaded ({reason}): save it with save_pretrained()") from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        _say(f"warning: {folder} has no {', '.join(missing[:3])} ({len(missing)} missing in all): these are random")
     config = model.config
     if hasattr(config, "use_cache"):
         config.use_cache = False  # nothing is generated

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from s2d.ptq.quantizers import (
     chunk_elements,
     fake_quantize,
     round_to_grid,
+    tail_quantiles,
 )
 from s2d.ptq.repq_vit import PERCENTILES, calibrate_activations, row_quantizer
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedLinear, quantized_layers
 
 WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)
 STEPS = 100
-# Of Aqer's ridge: its multiples to choose from, in how many parts the rows are cut for that, and how many outputs judge.
+# Of Aqer's ridge: its multiples to choose from, in how many parts the rows are cut for that, how many outputs judge.
 RIDGE_FACTORS = (1.0, 10.0, 100.0)
 FOLDS = 4
 FEW_OUTPUTS = 128
@@ -55,9 +56,11 @@ def erq(
     which way to round is refined before (:func:`refine_rounding`).
 
     Where this differs from what was published: the ridge is relative to the inputs' mean square, so that neither the
-    number of images nor the scale of the inputs matters, and leaves the bias alone; rounding is refined against the error
-    that the remaining columns cannot make up for; and a row for which all this ends above plain rounding in the layer's
-    own squared error takes plain rounding.
+    number of images nor the scale of the inputs matters, and leaves the bias alone. Aqer's is chosen for each layer by
+    cross-validation (:func:`activation_correction`): 32 images are few for d x d unknowns, and without that most layers
+    of a small ViT end with more error on other images than they had, and ERQ behind RepQ-ViT. Rounding is refined
+    against the error that the remaining columns cannot make up for. A row for which all this ends above plain rounding
+    in the layer's own squared error takes plain rounding.
 
     Args:
         model: a prepared model, changed in place.
@@ -66,7 +69,7 @@ def erq(
             weights in floating point, Aqer alone is left.
         progress: called with a line of text for each site.
         softmax: as in :func:`s2d.ptq.repq_vit.repq_vit`.
-        ridge: lambda over the mean square of the inputs, above zero.
+        ridge: lambda over the mean square of the inputs, above zero; for Aqer, the least of those tried.
         aqer, wqer, refine: whether to reduce the activation error and the weight error, and to refine the rounding.
         column_groups: in layers behind a norm, a grid of its own for the twentieth of the columns with most outliers
             (:class:`ColumnGroupQuantizer`).
@@ -85,12 +88,11 @@ def erq(
     calibrate_activations(model, batches, a_bits, softmax=softmax, percentiles=PERCENTILES, progress=progress)
     layers = quantized_layers(model).values()
     linear = [site for site in layers if not isinstance(site, CONVOLUTIONS)]
-    quantizes = w_bits not in SWITCHED_OFF
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then
     for seen in site_inputs(model, batches, linear, progress=progress):
-        site, grouped = seen.site, column_groups and seen.site.after == "norm"
-        x = seen.inputs[0].flatten(0, -2)
-        fit = (lambda weight, grouped=grouped: _fitted(weight, w_bits, grouped)) if quantizes else None
+        site, x = seen.site, seen.inputs[0].flatten(0, -2)
+        group = outlier_columns(site.weight.detach()) if column_groups and site.after == "norm" else None
+        fit = partial(_fit, n_bits=w_bits, group=group) if w_bits not in SWITCHED_OFF else None
         solved[site.name] = solve_layer(site, x, fit, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
     for site in linear:
         weight, bias = solved[site.name]
@@ -101,7 +103,7 @@ def erq(
             site.bias = nn.Parameter(bias.to(site.weight.dtype))
         site.freeze_weight()
     for site in layers:
-        if isinstance(site, CONVOLUTIONS) and quantizes:
+        if isinstance(site, CONVOLUTIONS) and w_bits not in SWITCHED_OFF:
             site.weight_quantizer = row_quantizer(site.weight, w_bits, PERCENTILES)
             site.freeze_weight()
 
@@ -124,10 +126,10 @@ class ColumnGroupQuantizer(Quantizer):
 
     Example:
         >>> quantizer = ColumnGroupQuantizer(2)
-        >>> weight = torch.tensor([[0.0, 1.0, 2.0, 30.0]])
-        >>> quantizer.fit(weight, torch.tensor([0, 0, 0, 1]))
+        >>> weight = torch.tensor([[0.0, 1.0, 3.0, 30.0]])
+        >>> quantizer.fit(weight, torch.tensor([0, 0, 0, 1]), [1.0])
         >>> quantizer(weight)
-        tensor([[ 0.,  1.,  2., 30.]])
+        tensor([[ 0.,  1.,  3., 30.]])
 
     Paper: none; ERQ's weights behind a norm.
     """
@@ -159,12 +161,9 @@ class ColumnGroupQuantizer(Quantizer):
             group: ``(columns,)``, 0 or 1.
             percentiles: the p to choose from.
         """
-        grids = []
-        for number in (0, 1):
-            part = weight[:, group == number]
-            grids.append(
-                row_quantizer(part if part.shape[1] else torch.zeros_like(weight[:, :1]), self.n_bits, percentiles)
-            )
+        parts = [weight[:, group == number] for number in (0, 1)]
+        parts = [part if part.shape[1] else torch.zeros_like(weight[:, :1]) for part in parts]
+        grids = [row_quantizer(part, self.n_bits, percentiles) for part in parts]
         self.group = group.clone()
         self.scale, self.zero_point = (torch.cat([getattr(q, n) for q in grids], 1) for n in ("scale", "zero_point"))
 
@@ -199,14 +198,15 @@ def outlier_columns(weight: Tensor) -> Tensor:
         ``(columns,)``, int64.
 
     Example:
-        >>> outlier_columns(torch.eye(20)[:, [0] * 9 + [3]].cumsum(1)).tolist()
-        [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+        >>> weight = torch.linspace(-1, 1, 6).repeat(20, 1)
+        >>> weight[:, 2] = 9.0
+        >>> outlier_columns(weight).tolist()
+        [0, 0, 1, 0, 0, 0]
 
     Paper: none; ERQ.
     """
     rows, columns = weight.shape
-    ends = torch.tensor([0.01, 0.99], device=weight.device)
-    low, high = torch.quantile(weight.float(), ends, dim=1, keepdim=True)
+    low, high = (end[0, :, None] for end in tail_quantiles(weight, [0.99]))
     often = ((weight < low) | (weight > high)).sum(0)
     group = torch.zeros(columns, dtype=torch.int64, device=weight.device)
     group[often.topk(min(rows // 20, columns // 2)).indices] = 1
@@ -220,11 +220,11 @@ def full_grid(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     return quantizer.scale, quantizer.zero_point
 
 
-def _fitted(weight: Tensor, n_bits: int, grouped: bool, group: Tensor | None = None) -> Quantizer:
-    if not grouped:
+def _fit(weight: Tensor, n_bits: int, group: Tensor | None) -> Quantizer:
+    if group is None:
         return row_quantizer(weight, n_bits, WEIGHT_PERCENTILES)
     quantizer = ColumnGroupQuantizer(n_bits)
-    quantizer.fit(weight, outlier_columns(weight) if group is None else group)
+    quantizer.fit(weight, group)
     return quantizer
 
 
@@ -304,7 +304,8 @@ def solve_layer(
     Args:
         site: the layer, in floating point.
         x: ``(n, d)``, its inputs.
-        fit: gives a quantizer for a weight; None leaves the weight in floating point.
+        fit: gives a frozen quantizer for a weight, its scales in the same shape each time; None leaves the weight in
+            floating point.
 
     Returns:
         Weight and bias in float64, the weight on the quantizer's grid.
@@ -312,7 +313,7 @@ def solve_layer(
     Paper: none; ERQ.
     """
     folds = [input_moments(part, site.weight, site.input_quantizer) for part in x.tensor_split(FOLDS) if len(part)]
-    moments = functools.reduce(operator.add, folds)
+    moments = reduce(operator.add, folds)
     weight = site.weight.detach().to(moments.gram.dtype)
     bias = weight.new_zeros(len(weight)) if site.bias is None else site.bias.detach().to(weight.dtype)
     original = torch.cat([weight, bias[:, None]], 1)
@@ -326,18 +327,13 @@ def solve_layer(
     if wqer:
         best = round_half_by_half(goal, quantizer, upper_factor(moments.gram, ridge), refine=refine)
     # The error is a sum over rows, so each may fall back on its own.
-    plain_quantizer = _fitted_like(quantizer, weight.float())
+    plain_quantizer = fit(weight.float())
     plain = _rounded(original, plain_quantizer)
     worse = (excess_error(best - original, moments) > excess_error(plain - original, moments))[:, None]
     best = torch.where(worse, plain, best)
     quantizer.scale = torch.where(worse, plain_quantizer.scale, quantizer.scale)
     quantizer.zero_point = torch.where(worse, plain_quantizer.zero_point, quantizer.zero_point)
     return best[:, :-1], best[:, -1]
-
-
-def _fitted_like(quantizer: Quantizer, weight: Tensor) -> Quantizer:
-    group = getattr(quantizer, "group", None)
-    return _fitted(weight, quantizer.n_bits, group is not None, group)
 
 
 def _rounded(augmented: Tensor, quantizer: Quantizer) -> Tensor:
@@ -362,7 +358,7 @@ def excess_error(change: Tensor, moments: Moments) -> Tensor:
 
 
 def activation_correction(folds: list[Moments], total: Moments, ridge: float) -> Tensor:
-    r"""What to add to [W, b] for quantized inputs: the ridge solution :math:`(A^T A + \lambda I)^{-1} A^T E`, transposed.
+    r"""What to add to [W, b] for quantized inputs: the solution :math:`(A^T A + \lambda I)^{-1} A^T E`, transposed.
 
     With few rows the solution follows their noise, more than the layer's error shrinks. So lambda is the multiple of
     ``ridge`` (of ``RIDGE_FACTORS``) that is best in cross-validation over the folds, and where nothing lowers the error
@@ -380,7 +376,9 @@ def activation_correction(folds: list[Moments], total: Moments, ridge: float) ->
     """
     some = slice(None, None, -(-total.cross.shape[1] // FEW_OUTPUTS))
     errors = torch.zeros(len(RIDGE_FACTORS), device=total.gram.device)
-    for fold in folds if len(folds) > 1 else []:
+    # Where a solve is costly, two parts judge.
+    judges = folds[: FOLDS if len(total.gram) < 1024 else 2] if len(folds) > 1 else []
+    for fold in judges:
         rest, test = (Moments(m.gram.float(), m.cross[:, some].float(), m.rows) for m in (total - fold, fold))
         for i, factor in enumerate(RIDGE_FACTORS):
             change = solve_upper(upper_factor(rest.gram, ridge * factor), rest.cross).T
@@ -474,8 +472,8 @@ def refine_rounding(
 ) -> Tensor:
     r"""Round some entries of each row the other way, one a step, to lower :math:`\delta^T P \delta`.
 
-    Each step takes the entry whose change from floor to ceiling, or back, lowers the row's error the most; a row without
-    one is done.
+    Each step takes the entry whose change from floor to ceiling, or back, lowers the row's error the most; a row
+    without one is done.
 
     Args:
         wanted: ``(rows, columns)``.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -111,7 +112,7 @@ def _check(site: QuantizedLinear) -> None:
         if type(quantizer) is not AffineQuantizer or quantizer.granularity not in kinds[side]:
             raise ValueError(
                 f"{name}: its {side} has {_kind(quantizer)}, integer kernels take AffineQuantizer "
-                f"({' or '.join(kinds[side])}): choose another method or option (rtn with its defaults, say)"
+                f"({' or '.join(kinds[side])}): use rtn, smoothquant, repq_vit, or erq with column_groups=False"
             )
     if site.weight_quantizer.scale.numel() > 1 and site.weight_quantizer.scale.shape != (len(site.weight), 1):
         raise ValueError(
@@ -192,7 +193,13 @@ def export_int8(model: nn.Module, example: Tensor, path: str | Path) -> None:
         )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with this machine's paths
-    program.save(str(path), external_data=False)
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.onnx")
+    try:
+        program.save(str(temporary), external_data=False)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _check_calls(exported: nn.Module, batch: Tensor, replaced: dict[nn.Module, nn.Module]) -> None:
@@ -213,14 +220,16 @@ def _check_calls(exported: nn.Module, batch: Tensor, replaced: dict[nn.Module, n
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the exporter's warning for every torchvision operator that it does not find."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without what the exporter says of operators it does not find or does not fold."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

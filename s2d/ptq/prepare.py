@@ -110,6 +110,11 @@ def prepare(model: nn.Module, batches: Any, *, exclude: Sequence[str] = ()) -> n
     return result
 
 
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where a model's first parameter is; None for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), None)
+
+
 def _trace(model: nn.Module, sample, batches: list) -> tuple[Trace, list[Tensor]]:
     found, output = trace(model, [sample])
     if found.uncalled:

@@ -173,7 +173,9 @@ def _sampled(likelihood: str, seed: int) -> Callable[[Any, int], Tensor]:
     """The loss of a batch, the same at every pass over it."""
 
     def loss(output: Any, index: int) -> Tensor:
-        return LIKELIHOODS[likelihood](output, torch.Generator().manual_seed(seed + index))
+        # An output without any graph (of a model that detaches it) has a gradient all the same: none.
+        connected = torch.zeros((), requires_grad=True)
+        return connected + LIKELIHOODS[likelihood](output, torch.Generator().manual_seed(seed + index))
 
     return loss
 
@@ -457,8 +459,8 @@ class Search:
     # Linear layers
 
     def _linear(self, seen: Seen) -> None:
-        site, x = seen.site, _working(seen.inputs[0]).flatten(0, -2)
-        gradient = _usable(seen.gradient, lambda g: g.flatten(0, -2))
+        site, x = seen.site, _rows(_working(seen.inputs[0]))
+        gradient = _usable(seen.gradient, _rows)
         weight, reads = self._weight(site, site.weight), self._input(site, x)
         taken, gradient = self._select(gradient, len(x), self.rows)
         reads = replace(reads, values=x[taken])
@@ -551,7 +553,6 @@ class Search:
     def _product_by_outputs(self, seen: Seen, left: Factor, right: Factor) -> None:
         gradient = _usable(seen.gradient, lambda g: g)
         taken, gradient = self._select(gradient, len(left.values), self._images(left.values.shape[-2]))
-        # The factors are the caller's; these hold the entries to look at.
         left.values, right.values = left.values[taken], right.values[taken]
         target = left.values @ right.values.mT
         blocks, cuts = _blocks(target), (0, 0, 0)
@@ -590,6 +591,10 @@ def _search_all(
 
 def _working(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _usable(gradient: Tensor | None, shape: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from s2d.ptq.calibrate import split_batches
-from s2d.ptq.prepare import prepare
+from s2d.ptq.prepare import device_of, prepare
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, check_bits
 from s2d.ptq.rtn import calibrate_inputs
 from s2d.ptq.sites import quantized_layers, set_mode
@@ -55,7 +55,7 @@ def begin_qat(
     """
     check_bits(w_bits, "w_bits")
     check_bits(a_bits, "a_bits")
-    batches = split_batches(calibration, batch_size)
+    batches = split_batches(calibration, batch_size, device_of(model))
     quantized = prepare(model, batches, exclude=exclude)
     if a_bits not in SWITCHED_OFF:
         calibrate_inputs(quantized, batches, a_bits, symmetric=symmetric)

@@ -76,7 +76,7 @@ def rescale_norm(model: nn.Module, norm_name: str, layers: list[QuantizedLinear]
     if moves and norm.bias is None:
         norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
     norm.weight.div_(r)
-    if norm.bias is not None:
+    if getattr(norm, "bias", None) is not None:  # transformers' RMSNorms have no such attribute
         norm.bias.copy_(norm.bias / r - shift)
     for layer in layers:
         layer.weight.mul_(r)

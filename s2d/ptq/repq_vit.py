@@ -42,8 +42,9 @@ def repq_vit(
     :func:`reparameterize` turns that into one grid per tensor.
 
     Three corrections of what was published. Zero points are whole numbers, so that codes are integers. A channel's grid
-    need not hold zero, because the norm can shift it. And the error of the log-sqrt2 grid does not shrink with more bits
-    (it is good at 4 bits, worse than a uniform one at 8), so each product takes the better of both by default.
+    need not hold zero, because the norm can shift it, and is as wide as is best for rows left out (the calibration
+    data's own range clips too much of what comes later). And the error of the log-sqrt2 grid does not shrink with more
+    bits (it is good at 4 bits, worse than a uniform one at 8), so each product takes the better of both by default.
 
     Args:
         model: a prepared model, changed in place.
@@ -109,20 +110,18 @@ def calibrate_activations(
         if seen.site.norm in groups:
             grid = reparameterize(model, seen.site.norm, layers, rows, a_bits, percentiles)
         for layer in layers:
-            layer.input_quantizer = (
-                _tensor_quantizer(rows, a_bits, percentiles) if grid is None else _with_grid(a_bits, grid)
-            )
+            layer.input_quantizer = _tensor_quantizer(rows, a_bits, percentiles, grid)
 
 
-def _tensor_quantizer(x: Tensor, n_bits: int, percentiles: Sequence[float]) -> AffineQuantizer:
+def _tensor_quantizer(
+    x: Tensor, n_bits: int, percentiles: Sequence[float], grid: tuple[Tensor, Tensor] | None = None
+) -> AffineQuantizer:
+    """With the grid given, else with that of the tensor."""
     quantizer = AffineQuantizer(n_bits)
-    quantizer.set_range(*best_percentile_range(x, n_bits, percentiles))
-    return quantizer
-
-
-def _with_grid(n_bits: int, grid: tuple[Tensor, Tensor]) -> AffineQuantizer:
-    quantizer = AffineQuantizer(n_bits)
-    quantizer.set_grid(*grid)
+    if grid is None:
+        quantizer.set_range(*best_percentile_range(x, n_bits, percentiles))
+    else:
+        quantizer.set_grid(*grid)
     return quantizer
 
 
@@ -266,7 +265,7 @@ def _best(candidates: list[Quantizer], probabilities: Tensor, values: Tensor) ->
     for p, v in _chunks(probabilities, values) if multiplies else [(probabilities, None)]:
         for i, quantizer in enumerate(candidates):
             error = (quantizer(p) - p).float()
-            errors[i] += (error if v is None else error @ v.float()).square().sum().double().cpu()
+            errors[i] += (error if v is None else error @ v.float()).square().sum().cpu().double()
     return candidates[int(errors.argmin())]
 
 

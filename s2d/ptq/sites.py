@@ -80,7 +80,8 @@ class _WeightedSite(Site):
     def forward(self, x: Tensor, extra_bias: Tensor | None = None) -> Tensor:
         """The layer; a caller that holds the bias itself (BEiT's attention) gives it as ``extra_bias``."""
         if self.input_transform is not None:
-            x = self.input_transform(x)
+            with _Interception.paused():  # its products are none of the attention's around it
+                x = self.input_transform(x)
         bias = self.bias if extra_bias is None else extra_bias if self.bias is None else self.bias + extra_bias
         if self.mode == "observe":
             return self._observed((x,), self.product(x, self.weight, bias))
@@ -224,11 +225,20 @@ def factors(function: Callable, args: tuple) -> tuple[int, int] | None:
 class _Interception(TorchFunctionMode):
     """Sends the products of one attention through its sites, in the order in which they come."""
 
-    active: list[_Interception] = []
+    active: list[_Interception | None] = []  # the innermost last
 
     def __init__(self, attention: nn.Module, plan: list[str | None]) -> None:
         super().__init__()
         self.attention, self.plan, self.position = attention, plan, 0
+
+    @classmethod
+    @contextmanager
+    def paused(cls) -> Iterator[None]:
+        cls.active.append(None)
+        try:
+            yield
+        finally:
+            cls.active.pop()
 
     def __enter__(self):
         self.active.append(self)

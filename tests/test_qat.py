@@ -1,0 +1,141 @@
+"""Quantization-aware training: the forward is the quantized one, the backward the straight-through estimator's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from s2d.lab.recipes import finetuning, quantization_aware
+from s2d.lab.store import Trained, code_fingerprint, find, obtain, recipe_key
+from s2d.ptq import quantize
+from s2d.ptq.qat import begin_qat, finish_qat
+from s2d.ptq.sites import quantized_layers
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3))
+
+
+def test_before_any_step_it_computes_what_rounding_computes() -> None:
+    model, x = network(), torch.randn(40, 6)
+    aware = begin_qat(model, w_bits=3, a_bits=4, calibration=x)
+    rounded = quantize(model, w_bits=3, a_bits=4, calibration=x)
+    assert aware.training
+    torch.testing.assert_close(aware(x), rounded(x), rtol=0, atol=0)
+    assert torch.equal(aware[0].weight, model[0].weight)  # the parameters stay in floating point
+    finished = finish_qat(copy.deepcopy(aware))
+    assert torch.equal(finished(x), rounded(x)) and not finished.training
+
+
+def test_the_gradient_is_that_of_the_rounded_layer_by_hand() -> None:
+    """With W^ and x^ in the forward, dL/dW = g x^^T and dL/dx = W^^T g: the rounding itself counts as identity."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 4).double(), torch.randn(7, 5, dtype=torch.float64)
+    aware = begin_qat(layer, w_bits=3, a_bits=3, calibration=x)
+    inputs = x.clone().requires_grad_(True)
+    out = aware(inputs)
+    g = torch.randn_like(out)
+    out.backward(g)
+    rounded_x, rounded_w = aware.input_quantizer(x), aware.weight_quantizer(aware.weight.detach())
+    torch.testing.assert_close(aware.weight.grad, g.T @ rounded_x)
+    torch.testing.assert_close(inputs.grad, g @ rounded_w)
+    torch.testing.assert_close(aware.bias.grad, g.sum(0))
+
+
+def test_inputs_outside_the_calibrated_range_get_no_gradient() -> None:
+    aware = begin_qat(nn.Linear(2, 1), w_bits=8, a_bits=4, calibration=torch.tensor([[-1.0, 1.0]]))
+    x = torch.tensor([[0.5, 5.0]], requires_grad=True)
+    aware(x).sum().backward()
+    assert x.grad[0, 0] != 0 and x.grad[0, 1] == 0
+
+
+def test_training_with_quantization_beats_rounding_afterwards() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 6)
+    y = (x @ torch.randn(6, 3)).argmax(-1)
+    model = network()
+
+    def fit(model: nn.Module, steps: int) -> float:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    def loss_of(model: nn.Module) -> float:
+        with torch.no_grad():
+            return nn.functional.cross_entropy(model(x), y).item()
+
+    fit(model, 200)
+    rounded = loss_of(quantize(model, w_bits=2, a_bits=3, calibration=x))
+    aware = begin_qat(model, w_bits=2, a_bits=3, calibration=x)
+    fit(aware, 100)
+    finished = finish_qat(aware)
+    assert loss_of(finished) < 0.7 * rounded
+    for site in quantized_layers(finished).values():
+        assert torch.equal(site.weight_quantizer(site.weight), site.weight)
+        assert all(len(row.unique()) <= 4 for row in site.weight)
+
+
+def test_one_side_may_stay_in_floating_point() -> None:
+    x = torch.randn(8, 6)
+    aware = begin_qat(network(), w_bits=32, a_bits=4, calibration=x)
+    assert aware[0].weight_quantizer is None and aware[0].input_quantizer is not None
+    aware = begin_qat(network(), w_bits=4, a_bits=16, calibration=x)
+    assert aware[0].weight_quantizer is not None and aware[0].input_quantizer is None
+    assert torch.isfinite(finish_qat(aware)(x)).all()
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="w_bits is 1"):
+        begin_qat(network(), w_bits=1, a_bits=4, calibration=torch.randn(8, 6))
+    aware = begin_qat(network(), w_bits=4, a_bits=4, calibration=torch.randn(8, 6))
+    with torch.no_grad():
+        aware[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        finish_qat(aware)
+
+
+# --- in the lab's training loop --------------------------------------------------------------------------------------
+
+
+def tiny(variant: str = "AdamW", bits: str = "W3A3"):
+    start = finetuning(variant, 0, steps=3, pretrain_steps=3, width=16, depth=1)
+    return quantization_aware(start, bits, steps=3)
+
+
+def test_the_lab_trains_it_from_a_stored_checkpoint(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("S2D_STORE", str(tmp_path))
+    recipe = tiny()
+    (trained,) = obtain([recipe], workers=1)
+    assert [path.name.split("-")[0] for path in sorted(tmp_path.iterdir())] == ["finetune", "pretrain", "qat"]
+    assert trained.seed == 0 and trained.recipe == recipe
+    model = trained.model()
+    x, _ = recipe.data.fixed_set("test", 8)
+    finished = finish_qat(copy.deepcopy(model))
+    torch.testing.assert_close(finished(x), model(x))
+    assert all(len(row.unique()) <= 8 for site in quantized_layers(finished).values() for row in site.weight.flatten(1))
+
+
+def test_a_checkpoint_that_is_not_stored_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("S2D_STORE", str(tmp_path))
+    assert find(tiny()) is None
+    with pytest.raises(ValueError, match="not in the store"):
+        tiny().model.build(0)
+
+
+def test_the_key_holds_the_bits_the_start_and_the_quantizers_code() -> None:
+    keys = {recipe_key(recipe) for recipe in (tiny(), tiny("S2D"), tiny(bits="W4A4"), tiny().model.of)}
+    assert len(keys) == 4
+    assert len({code_fingerprint(False), code_fingerprint(False, True), code_fingerprint(True, True)}) == 3
+    longer = dataclasses.replace(tiny(), steps=4)
+    assert recipe_key(longer) != recipe_key(tiny())
+    assert Trained(tiny("S2D"), {}, []).seed == 0
+    assert hash(tiny().model) == hash(tiny().model) != hash(tiny("S2D").model)
