@@ -23,7 +23,8 @@ TRAINING_THREADS = workflow.cores if FROM == "scratch" or SCALE != "laptop" else
 CORE = [f"s2d/{name}.py" for name in ("bound", "layers", "outliers", "pcdr", "regularizer", "spectral")]
 PTQ = sorted(map(str, Path("s2d/ptq").glob("*.py")))
 LAB = [f"s2d/lab/{name}.py" for name in (
-    "data", "evaluate", "files", "models", "notebook", "paths", "plotting", "recipes", "results", "session", "store", "training",
+    "data", "evaluate", "files", "models", "notebook", "paths", "plotting", "qat", "quantization", "recipes", "results",
+    "session", "store", "training",
 )]
 
 
@@ -47,7 +48,8 @@ RUN = (
 
 FIGURES = [
     "origins_kurtosis", "origins_histogram", "bound_tightness", "pcdr_layers",
-    "finetuning_spectra", "finetuning_layers", "ptq_accuracy", "measured_and_reported",
+    "finetuning_spectra", "finetuning_layers", "ptq_accuracy", "ptq_methods", "ptq_conditioning", "ptq_qat",
+    "measured_and_reported",
 ]
 
 
@@ -96,8 +98,9 @@ rule ptq_evaluation:
         sources("04_ptq_evaluation"),
         executed("03_s2d_finetuning"),
     output:
-        tables("ptq"),
+        tables("ptq", "ptq_methods", "ptq_conditioning", "ptq_qat", "ptq_int8"),
         notebook=executed("04_ptq_evaluation"),
+    threads: workflow.cores  # the checkpoints are shared out over all cores
     shell:
         RUN
 

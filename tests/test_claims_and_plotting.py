@@ -36,7 +36,8 @@ def synthetic_tables(s2d_gain: float) -> dict[str, pd.DataFrame]:
             for s in seeds
         ]
     )
-    return {"origins_outliers": origins, "ptq": ptq, "finetuning_layers": layers}
+    methods = ptq[(ptq.grid == "symmetric") & (ptq.bits == "W4A4")].assign(method="ERQ")
+    return {"origins_outliers": origins, "ptq": ptq, "ptq_methods": methods, "finetuning_layers": layers}
 
 
 @pytest.mark.parametrize(
@@ -55,10 +56,11 @@ def test_verdict(values, sign, expected):
 
 def test_claims_follow_the_numbers_both_ways():
     good = claims_table(synthetic_tables(+0.2)).set_index("claim")
-    row = good.loc["S2D is more accurate than AdamW at W4A4"]
+    row = good.loc["S2D is more accurate than AdamW at W4A4 under RTN"]
     assert row.measured == pytest.approx(20.0) and row.seeds == 3 and row.verdict == "reproduced"
     bad = claims_table(synthetic_tables(-0.05)).set_index("claim")
-    assert bad.verdict["S2D is more accurate than AdamW at W4A4"] == "not reproduced"
+    for quantizer in ("RTN", "ERQ"):
+        assert bad.verdict[f"S2D is more accurate than AdamW at W4A4 under {quantizer}"] == "not reproduced"
     assert good.verdict["S2D leaves full precision as it is"] == "reproduced"
 
 

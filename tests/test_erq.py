@@ -148,6 +148,12 @@ def test_singular_gram_matrices_have_a_factor(x: Tensor) -> None:
     assert torch.isfinite(upper_factor(moments.gram, 1e-30)).all()
 
 
+def test_a_gram_matrix_that_overflowed_is_refused() -> None:
+    moments = input_moments(torch.full((3, 4), 1e25), torch.eye(4), None)
+    with pytest.raises(ValueError, match="overflow"):
+        upper_factor(moments.gram, 0.1)
+
+
 # --- rounding ---
 
 
@@ -342,7 +348,7 @@ def test_convolutions_and_half_precision() -> None:
     assert torch.equal(quantized[3].weight_quantizer(quantized[3].weight), quantized[3].weight)
 
 
-@pytest.mark.parametrize("ridge", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("ridge", [0, -1.0, float("nan"), float("inf")])
 def test_a_ridge_that_is_not_positive_is_refused(ridge: float) -> None:
     with pytest.raises(ValueError, match=f"ridge is {ridge}: give a number above zero"):
         quantize(network(), method="erq", w_bits=4, a_bits=4, calibration=correlated(8, 16), ridge=ridge)

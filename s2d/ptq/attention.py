@@ -81,9 +81,7 @@ class SplitAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention``'s, for batched inputs."""
         if query.ndim != 3:
-            raise ValueError(
-                f"query has shape {tuple(query.shape)}: give a batch, 3 dimensions"
-            )
+            raise ValueError(f"query has shape {tuple(query.shape)}: give a batch, 3 dimensions")
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint that needs the mask itself: give attn_mask")
         if self.batch_first:  # the same object stays the same object

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,15 +76,16 @@ def erq(
             (:class:`ColumnGroupQuantizer`).
 
     Raises:
-        ValueError: for a ridge that is not positive, another choice of ``softmax``, or calibration data that is not
-            finite or misses a site.
+        ValueError: for a ridge that is not positive and finite, another choice of ``softmax``, or calibration data
+            that is not finite or misses a site.
 
     Cost: for a layer of d inputs and m outputs, a Cholesky factor of d x d in float64 and about m d^2 operations more;
-    memory: one layer's activations, three d x d matrices, and the new weights.
+    memory: one layer's activations, about seven d x d matrices in float64, and the new weights. With 6304 rows on one
+    core: 1.2 s for 768 inputs and 3072 outputs, 7 s for 3072 inputs and 768 outputs.
 
     Paper: Tables 6 and 8 (ERQ).
     """
-    if not ridge > 0:
+    if not 0 < ridge < math.inf:
         raise ValueError(f"ridge is {ridge!r}: give a number above zero, such as 0.1")
     calibrate_activations(model, batches, a_bits, softmax=softmax, percentiles=PERCENTILES, progress=progress)
     layers = quantized_layers(model).values()
@@ -93,14 +95,15 @@ def erq(
         site, x = seen.site, seen.inputs[0].flatten(0, -2)
         group = outlier_columns(site.weight.detach()) if column_groups and site.after == "norm" else None
         fit = partial(_fit, n_bits=w_bits, group=group) if w_bits not in SWITCHED_OFF else None
-        solved[site.name] = solve_layer(site, x, fit, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
+        new = solve_layer(site, x, fit, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
+        solved[site.name] = tuple(part.to(site.weight.dtype) for part in new)
     for site in linear:
         weight, bias = solved[site.name]
         site.weight.copy_(weight)
         if site.bias is not None:
             site.bias.copy_(bias)
         elif bias.any():
-            site.bias = nn.Parameter(bias.to(site.weight.dtype))
+            site.bias = nn.Parameter(bias)
         site.freeze_weight()
     for site in layers:
         if isinstance(site, CONVOLUTIONS) and w_bits not in SWITCHED_OFF:
@@ -399,6 +402,9 @@ def upper_factor(gram: Tensor, ridge: float) -> Tensor:
         gram: ``(d + 1, d + 1)``, the bias last.
         ridge: above zero.
 
+    Raises:
+        ValueError: for a matrix that is not finite.
+
     Example:
         >>> gram = torch.tensor([[5.0, 2.0], [2.0, 1.0]])
         >>> U = upper_factor(gram, 0.2)
@@ -407,6 +413,8 @@ def upper_factor(gram: Tensor, ridge: float) -> Tensor:
 
     Paper: none.
     """
+    if not torch.isfinite(gram).all():
+        raise ValueError("the squares of a layer's inputs overflow: check the images and the model's forward pass")
     mean = gram.diagonal()[:-1].mean()
     unit = torch.where(mean > 0, mean, 1)  # inputs that are all zero leave nothing to solve; any lambda does
     while True:

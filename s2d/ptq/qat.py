@@ -30,8 +30,8 @@ def begin_qat(
         \text{ is clamped}
 
     The grid of a weight (per output channel, min-max) follows the weight at every call; those of the activations (per
-    tensor, min-max) come from the calibration data and stay. Train the copy with any loop and optimizer, then call
-    :func:`finish_qat`.
+    tensor) have the range of least squared error on the calibration data, and stay. Train the copy with any loop and
+    optimizer, then call :func:`finish_qat`.
 
     Args:
         model: what to start from; left untouched.
@@ -58,7 +58,7 @@ def begin_qat(
     batches = split_batches(calibration, batch_size, device_of(model))
     quantized = prepare(model, batches, exclude=exclude)
     if a_bits not in SWITCHED_OFF:
-        calibrate_inputs(quantized, batches, a_bits, symmetric=symmetric)
+        calibrate_inputs(quantized, batches, a_bits, symmetric=symmetric, ranges="mse")
     if w_bits not in SWITCHED_OFF:
         for site in quantized_layers(quantized).values():
             site.weight_quantizer = AffineQuantizer(w_bits, symmetric=symmetric, granularity="per_channel")

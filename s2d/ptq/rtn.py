@@ -50,16 +50,28 @@ def rtn(
 
 
 def calibrate_inputs(
-    model: nn.Module, batches: list[Any], a_bits: int, *, symmetric: bool = False, activations: str = "per_tensor"
+    model: nn.Module,
+    batches: list[Any],
+    a_bits: int,
+    *,
+    symmetric: bool = False,
+    activations: str = "per_tensor",
+    ranges: str = "minmax",
 ) -> None:
-    """Put the inputs of every Linear layer and attention product on min-max grids, in place."""
+    """Put the inputs of every Linear layer and attention product on grids, in place.
+
+    Args:
+        ranges: ``calibration`` of :class:`s2d.ptq.quantizers.AffineQuantizer`; the others as for :func:`rtn`.
+    """
     for site in quantized_layers(model).values():
         if not isinstance(site, CONVOLUTIONS):
-            site.input_quantizer = AffineQuantizer(a_bits, symmetric=symmetric, granularity=activations)
+            site.input_quantizer = AffineQuantizer(
+                a_bits, symmetric=symmetric, granularity=activations, calibration=ranges
+            )
     for product in products(model).values():
         signed = product.kind == "qk"
-        product.left_quantizer = AffineQuantizer(a_bits, symmetric=symmetric and signed)
-        product.right_quantizer = AffineQuantizer(a_bits, symmetric=symmetric)
+        product.left_quantizer = AffineQuantizer(a_bits, symmetric=symmetric and signed, calibration=ranges)
+        product.right_quantizer = AffineQuantizer(a_bits, symmetric=symmetric, calibration=ranges)
     chosen: list[Site] = [site for site in quantized_layers(model).values() if site.input_quantizer is not None]
     chosen += products(model).values()
 
