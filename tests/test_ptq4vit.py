@@ -71,7 +71,8 @@ def by_hand(model: Transformer, images: Tensor) -> dict[str, list[Tensor]]:
     x = note("patches", images, model.patches.weight, model.patches(images)).transpose(1, 2)
     q, k, v = linear("qkv", model.norm(x)).split(WIDTH, -1)
     q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
-    scores = note("qk_product", q, k.mT, q @ k.mT) / (WIDTH // HEADS) ** 0.5
+    q = q / (WIDTH // HEADS) ** 0.5  # before the product, as torch does it
+    scores = note("qk_product", q, k.mT, q @ k.mT)
     probabilities = scores.softmax(-1)
     x = x + linear("proj", note("pv_product", probabilities, v, probabilities @ v).transpose(1, 2).flatten(2))
     x = x + linear("fc2", F.gelu(linear("fc1", model.norm(x))))

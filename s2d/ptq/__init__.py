@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from s2d.ptq.calibrate import split_batches
@@ -94,11 +95,13 @@ def quantize(
     check_bits(a_bits, "a_bits")
     _check_options(method, options)
     applied = [_transform(transform) for transform in transforms]
-    batches = split_batches(calibration, batch_size, device_of(model))
-    quantized = prepare(model, batches, exclude=exclude)
-    for transform in applied:
-        transform(quantized, batches)
-    METHODS[method](quantized, batches, w_bits=w_bits, a_bits=a_bits, progress=progress, **options)
+    # Callers are often in inference mode, where nothing made has a gradient later.
+    with torch.inference_mode(False), torch.no_grad():
+        batches = split_batches(calibration, batch_size, device_of(model))
+        quantized = prepare(model, batches, exclude=exclude)
+        for transform in applied:
+            transform(quantized, batches)
+        METHODS[method](quantized, batches, w_bits=w_bits, a_bits=a_bits, progress=progress, **options)
     set_mode(quantized, "quantized")
     names = [
         transform if isinstance(transform, str) else getattr(transform, "__name__", str(transform))

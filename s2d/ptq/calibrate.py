@@ -36,16 +36,25 @@ def split_batches(calibration: Any, batch_size: int, device: torch.device | None
     if isinstance(calibration, list):
         if not calibration:
             raise ValueError("the calibration set is empty: give at least one image")
-        return [batch for part in calibration for batch in split_batches(part, _length(part) or 1, device)]
+        return [_checked(part, device) for part in calibration]
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
-    n = _length(calibration)
-    if n == 0:
+    whole, lengths = _checked(calibration, device), _lengths(calibration)
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the tensors of the calibration data differ in length: {lengths}; give a list of batches, each as "
+            "the model is called"
+        )
+    return [_slice(whole, lengths[0], start, start + batch_size) for start in range(0, lengths[0], batch_size)]
+
+
+def _checked(batch: Any, device: torch.device | None) -> Any:
+    """A batch on its device, neither empty nor with NaN."""
+    if min(_lengths(batch), default=0) == 0:
         raise ValueError("the calibration set is empty: give at least one image")
-    for tensor in _tensors(calibration):
-        if not torch.isfinite(tensor).all():
-            raise ValueError("the calibration set holds NaN or infinity: check the images")
-    return [_slice(calibration, n, start, start + batch_size, device) for start in range(0, n, batch_size)]
+    if not all(torch.isfinite(tensor).all() for tensor in _tensors(batch)):
+        raise ValueError("the calibration set holds NaN or infinity: check the images")
+    return _mapped(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
 
 
 def _tensors(batch: Any) -> list[Tensor]:
@@ -55,33 +64,34 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _length(batch: Any) -> int:
+def _lengths(batch: Any) -> list[int]:
+    """The different sizes of the first dimension, in order."""
     if not isinstance(batch, (Tensor, tuple, Mapping)):
         raise ValueError(
             f"calibration data is a {type(batch).__name__}: give a tensor, tuple, mapping, or a list of those"
         )
-    lengths = {len(tensor) for tensor in _tensors(batch) if tensor.ndim}
-    if len(lengths) != 1:
-        raise ValueError(f"the tensors of the calibration data differ in length: {sorted(lengths)}")
-    return lengths.pop()
+    return sorted({len(tensor) for tensor in _tensors(batch) if tensor.ndim})
 
 
-def _slice(batch: Any, n: int, start: int, stop: int, device: torch.device | None = None) -> Any:
-    def part(value):
-        if not isinstance(value, Tensor):
-            return value
-        return (value[start:stop] if value.ndim and len(value) == n else value).to(device)
-
+def _mapped(batch: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(batch, Tensor):
-        return part(batch)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: part(value) for key, value in batch.items()}
-    return tuple(part(value) for value in batch)
+        return {key: function(value) for key, value in batch.items()}
+    return tuple(function(value) for value in batch)
+
+
+def _slice(batch: Any, n: int, start: int, stop: int) -> Any:
+    def part(value: Any) -> Any:
+        return value[start:stop] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+
+    return _mapped(batch, part)
 
 
 def first_items(batches: list[Any], count: int = 2) -> Any:
-    """The first few items of the first batch, enough to see what a model is made of."""
-    return _slice(batches[0], _length(batches[0]), 0, count)
+    """The first few items of the first batch, enough to see what a model is made of; all of it if it cannot be cut."""
+    lengths = _lengths(batches[0])
+    return _slice(batches[0], lengths[0], 0, count) if len(lengths) == 1 else batches[0]
 
 
 @torch.no_grad()
@@ -105,9 +115,10 @@ def visit_sites(
     reached = set()
 
     def seen(site: Site, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        _check_finite(site, inputs)
-        reached.add(site.name)
-        visit(site, inputs)
+        if all(tensor.numel() for tensor in inputs):
+            _check_finite(site, inputs)
+            reached.add(site.name)
+            visit(site, inputs)
         return output
 
     with mode(model, "observe", only, seen):
@@ -197,8 +208,8 @@ def site_inputs(
 def _sizes(model: nn.Module, batches: list[Any], only: list[Site], *, with_output: bool) -> dict[str, float]:
     """Bytes that each site's inputs (and output with gradient) will take."""
     sizes: dict[str, float] = {}
-    items = sum(_length(batch) for batch in batches)
     probe = first_items(batches, 1)
+    items = sum(_lengths(batch)[-1] for batch in batches) / _lengths(probe)[-1]
 
     def measure(site: Site, inputs: tuple[Tensor, ...]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
@@ -219,7 +230,12 @@ def _collect(
 ) -> dict[str, Seen]:
     kept: dict[str, list[tuple]] = {site.name: [] for site in group}
     if loss is None:
-        visit_sites(model, batches, lambda site, inputs: kept[site.name].append((inputs, None, None)), group)
+
+        def keep(site: Site, inputs: tuple[Tensor, ...]) -> None:
+            # A copy: the model may change its own in place.
+            kept[site.name].append((tuple(tensor.clone() for tensor in inputs), None, None))
+
+        visit_sites(model, batches, keep, group)
     else:
         for index, batch in enumerate(batches):
             _collect_gradients(model, batch, index, group, loss, kept)
@@ -258,10 +274,12 @@ def _collect_gradients(
     calls: list[tuple[Site, tuple[Tensor, ...], Tensor, Tensor]] = []
 
     def seen(site: Site, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not all(tensor.numel() for tensor in inputs):
+            return output
         _check_finite(site, inputs)
         # A zero that needs its gradient: the graph starts here, whatever the model's own parameters need.
         zero = torch.zeros_like(output, requires_grad=True)
-        calls.append((site, tuple(tensor.detach() for tensor in inputs), output.detach(), zero))
+        calls.append((site, tuple(tensor.detach().clone() for tensor in inputs), output.detach(), zero))
         return output + zero
 
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -92,7 +92,7 @@ def erq(
     linear = [site for site in layers if not isinstance(site, CONVOLUTIONS)]
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then
     for seen in site_inputs(model, batches, linear, progress=progress):
-        site, x = seen.site, seen.inputs[0].flatten(0, -2)
+        site, x = seen.site, seen.inputs[0].reshape(-1, seen.inputs[0].shape[-1])
         group = outlier_columns(site.weight.detach()) if column_groups and site.after == "norm" else None
         fit = partial(_fit, n_bits=w_bits, group=group) if w_bits not in SWITCHED_OFF else None
         new = solve_layer(site, x, fit, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)

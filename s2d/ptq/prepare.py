@@ -29,6 +29,10 @@ from s2d.ptq.trace import Trace, call, is_layer, regular_attention, tensors_of, 
 _SITES = {nn.Conv1d: QuantizedConv1d, nn.Conv2d: QuantizedConv2d, nn.Conv3d: QuantizedConv3d}
 # Packed projections, by the names that timm, open_clip and transformers give them; others count as one part.
 _PACKED = {"qkv": 3, "in_proj": 3, "qkv_proj": 3, "c_attn": 3, "query_key_value": 3, "kv": 2, "kv_proj": 2}
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 # Names of one attention's products: a second pair (self- and cross-attention in one module) is numbered.
 _PRODUCT = "{kind}_product{number}"
 
@@ -123,13 +127,13 @@ def _trace(model: nn.Module, sample, batches: list) -> tuple[Trace, list[Tensor]
 
 
 def _compare(expected: list[Tensor], found: list[Tensor], name: str) -> None:
-    same = len(expected) == len(found) and all(
+    same = len(expected) == len(found) > 0 and all(
         torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(expected, found, strict=True)
     )
     if not same:
         raise ValueError(
             f"the quantized copy of {name} does not reproduce the original with its quantizers off: the model uses a "
-            "layer in some way that could not be followed, or is not deterministic in evaluation mode"
+            "layer in some way that could not be followed, is not deterministic in evaluation mode, or gives no tensor"
         )
 
 
@@ -143,6 +147,13 @@ def _layout(model: nn.Module, found: Trace, exclude: Sequence[str], split: dict[
 
     layout = Layout(split=split or {name: kind for name, kind in found.kinds.items() if not excluded(name)})
     layout.left_out += found.left_out
+    for name, problem in found.problems.items():
+        if not excluded(name):
+            raise ValueError(f"{name or 'the model'} {problem}: leave it in floating point with exclude=")
+    layout.left_out += [f"{name} (excluded)" for name in found.kinds if excluded(name)]
+    kernels = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if kernels not in (None, "eager", "sdpa"):
+        layout.left_out.append(f"attention products ({kernels}: load the model with attn_implementation='sdpa')")
     for name in found.layers:
         if excluded(name):
             layout.left_out.append(f"{name} (excluded)")
@@ -151,6 +162,8 @@ def _layout(model: nn.Module, found: Trace, exclude: Sequence[str], split: dict[
         # All layers that read one norm must be sites, or the norm cannot be changed for them.
         siblings = [other for other, norm in found.norm.items() if norm == found.norm.get(name)]
         norm = found.norm.get(name) if not any(excluded(other) for other in siblings) else None
+        if norm is not None and _near(norm, found.uncalled):
+            norm = None  # a layer that was never called may read it too
         linear = not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         parts = _PACKED.get(name.rpartition(".")[2], 1) if linear else 1
         parts = parts if _rows(module) % parts == 0 else 1
@@ -185,6 +198,12 @@ def _layout(model: nn.Module, found: Trace, exclude: Sequence[str], split: dict[
             "give data that does, or leave such layers in floating point with exclude="
         )
     return layout
+
+
+def _near(norm: str, names: list[str]) -> bool:
+    """Whether one of the named layers is in the module that holds a norm."""
+    owner = norm.rpartition(".")[0]
+    return any(not owner or name.startswith(f"{owner}.") for name in names)
 
 
 def _rows(module: nn.Module) -> int:
@@ -238,7 +257,10 @@ def _site(layer: nn.Module, name: str, known: dict) -> Site:
         transposed.weight, transposed.bias = nn.Parameter(layer.weight.detach().t()), layer.bias
         transposed.weight.requires_grad_(layer.weight.requires_grad)
         layer = transposed
-    return kind(layer, name, **known)
+    site = kind(layer, name, **known)
+    for hooks in _HOOKS:
+        getattr(site, hooks).update(getattr(layer, hooks, {}))
+    return site
 
 
 def _replace(box: nn.Module, name: str, new: nn.Module) -> None:

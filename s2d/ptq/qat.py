@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from s2d.ptq.calibrate import split_batches
@@ -55,15 +56,16 @@ def begin_qat(
     """
     check_bits(w_bits, "w_bits")
     check_bits(a_bits, "a_bits")
-    batches = split_batches(calibration, batch_size, device_of(model))
-    quantized = prepare(model, batches, exclude=exclude)
-    if a_bits not in SWITCHED_OFF:
-        calibrate_inputs(quantized, batches, a_bits, symmetric=symmetric, ranges="mse")
-    if w_bits not in SWITCHED_OFF:
-        for site in quantized_layers(quantized).values():
-            site.weight_quantizer = AffineQuantizer(w_bits, symmetric=symmetric, granularity="per_channel")
-            site.weight_quantizer.observe(site.weight.detach())
-            site.weight_quantizer.freeze()
+    with torch.inference_mode(False):
+        batches = split_batches(calibration, batch_size, device_of(model))
+        quantized = prepare(model, batches, exclude=exclude)
+        if a_bits not in SWITCHED_OFF:
+            calibrate_inputs(quantized, batches, a_bits, symmetric=symmetric, ranges="mse")
+        if w_bits not in SWITCHED_OFF:
+            for site in quantized_layers(quantized).values():
+                site.weight_quantizer = AffineQuantizer(w_bits, symmetric=symmetric, granularity="per_channel")
+                site.weight_quantizer.observe(site.weight.detach())
+                site.weight_quantizer.freeze()
     set_mode(quantized, "train")
     quantized.__dict__["s2d_quantization"] = {"method": "qat", "w_bits": w_bits, "a_bits": a_bits, "options": {}}
     return quantized.train()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import Seen, site_inputs
+from s2d.ptq.calibrate import Seen, site_inputs, visit_sites
 from s2d.ptq.log_sqrt2 import LogSqrt2Quantizer
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, Quantizer, best_percentile_range, chunk_elements
 from s2d.ptq.reparameterize import can_scale, can_shift, norm_groups, rescale_norm
@@ -97,7 +97,15 @@ def calibrate_activations(
     if a_bits in SWITCHED_OFF:
         return
     groups = {norm: layers for norm, layers in norm_groups(model).items() if can_scale(model.get_submodule(norm))}
-    followers = {layer.name for layers in groups.values() for layer in layers[1:]}  # read what the first one reads
+    read: dict[str, int] = {}
+
+    def count(site, inputs):
+        read[site.name] = read.get(site.name, 0) + inputs[0].numel()
+
+    visit_sites(model, batches, count, [layer for layers in groups.values() for layer in layers if len(layers) > 1])
+    # Some read only the class token, or the tokens of an expert: calibrate on the layer that reads most.
+    groups = {norm: sorted(layers, key=lambda layer: -read.get(layer.name, 0)) for norm, layers in groups.items()}
+    followers = {layer.name for layers in groups.values() for layer in layers[1:]}
     linear = [site for site in quantized_layers(model).values() if not isinstance(site, CONVOLUTIONS)]
     chosen = [site for site in linear if site.name not in followers] + list(products(model).values())
     for seen in site_inputs(model, batches, chosen, progress=progress):
@@ -105,7 +113,7 @@ def calibrate_activations(
             _calibrate_product(seen, a_bits, softmax, percentiles)
             continue
         layers = groups.get(seen.site.norm, [seen.site])
-        rows = seen.inputs[0].flatten(0, -2)
+        rows = seen.inputs[0].reshape(-1, seen.inputs[0].shape[-1])
         grid = None
         if seen.site.norm in groups:
             grid = reparameterize(model, seen.site.norm, layers, rows, a_bits, percentiles)

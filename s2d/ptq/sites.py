@@ -206,6 +206,23 @@ _ATTENTION = F.scaled_dot_product_attention
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
+# What they are called where they are given by name.
+_NAMES = {torch.matmul: ("input", "other"), Tensor.matmul: ("self", "other"), torch.bmm: ("input", "mat2")}
+_NAMES |= {Tensor.bmm: ("self", "mat2"), torch.mm: ("input", "mat2"), Tensor.mm: ("self", "mat2")}
+_NAMES |= {torch.baddbmm: ("input", "batch1", "batch2"), Tensor.baddbmm: ("self", "batch1", "batch2")}
+_NAMES |= {torch.addmm: ("input", "mat1", "mat2")}
+
+
+def positional(function: Callable, args: tuple, kwargs: dict | None) -> tuple[tuple, dict]:
+    """The arguments with the factors of a product in their places, however the caller named them."""
+    args, kwargs = list(args), dict(kwargs or {})
+    for name in _NAMES.get(function, ())[len(args) :]:
+        if name not in kwargs:
+            break
+        args.append(kwargs.pop(name))
+    return tuple(args), kwargs
+
+
 def factors(function: Callable, args: tuple) -> tuple[int, int] | None:
     """Positions of the two factors of a product of activations among its arguments; None for any other function.
 
@@ -249,6 +266,8 @@ class _Interception(TorchFunctionMode):
         return super().__exit__(*exception)
 
     def _next(self) -> QuantizedProduct | None:
+        if not self.plan:  # only its layers are followed
+            return None
         if self.position >= len(self.plan):
             raise ValueError(
                 f"{type(self.attention).__name__} makes more products than when it was prepared ({len(self.plan)}): "
@@ -269,14 +288,14 @@ class _Interception(TorchFunctionMode):
         return F.linear(*args, **kwargs)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        args, kwargs = positional(function, args, kwargs)
         if self.active[-1] is not self:  # an attention inside this one has its own
             return function(*args, **kwargs)
         if function is F.linear:
             return self._linear(args, kwargs)
         if function is _ATTENTION:
             first, second = self._next(), self._next()
-            if first.quantizes() or second.quantizes():
+            if first is not None and first.quantizes() or second is not None and second.quantizes():
                 named = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
                 return attention_by_products(first, second, **named)
             return function(*args, **kwargs)
@@ -311,7 +330,9 @@ def attention_by_products(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    logits = scores(query, key.transpose(-2, -1), torch.matmul) * (scale or 1 / math.sqrt(query.shape[-1]))
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    # Scaled before the product, as torch does it: half precision would overflow.
+    logits = scores(query * scale, key.transpose(-2, -1), torch.matmul)
     if is_causal:
         allowed = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
         logits = logits.masked_fill(~allowed, -math.inf)

@@ -93,7 +93,9 @@ def _input_maxima(model: nn.Module, batches: list[Any], groups: dict[str, list[Q
         here = x.abs().reshape(-1, x.shape[-1]).amax(0)
         maxima[site.norm] = torch.maximum(maxima[site.norm], here) if site.norm in maxima else here
 
-    visit_sites(model, batches, observe, [layers[0] for layers in groups.values()])  # all layers read the same
+    visit_sites(
+        model, batches, observe, [layer for layers in groups.values() for layer in layers]
+    )  # all layers read the same
     return maxima
 
 

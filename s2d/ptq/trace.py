@@ -6,6 +6,7 @@ the module that calls it; results carry a mark of where they came from.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from s2d.layers import _is_conv1d_of_gpt2
 from s2d.ptq.attention import call_kind
-from s2d.ptq.sites import _ATTENTION, CONVOLUTIONS, factors
+from s2d.ptq.sites import _ATTENTION, CONVOLUTIONS, factors, positional
 
 MARK = "_s2d_origin"
 
@@ -26,6 +27,14 @@ _MOVES = {
     "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "to",
     "clone", "type_as", "float", "half", "bfloat16", "double", "expand", "repeat", "roll", "dropout", "__getitem__",
     "select", "detach", "view_as", "flip", "index_select", "pad", "_pad", "movedim", "swapaxes", "narrow", "alias",
+}  # fmt: skip
+_SHAPES = {
+    "size", "stride", "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty",
+    "new_full",
+}  # fmt: skip
+# Those of the moves that may reorder the channels, or take some for others.
+_PICKS = {
+    "roll", "flip", "index_select", "select", "narrow", "__getitem__", "transpose", "permute", "movedim", "swapaxes",
 }  # fmt: skip
 _WITH_WEIGHTS = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear,
@@ -37,10 +46,11 @@ _WITH_WEIGHTS = {
 
 @dataclass
 class Origin:
-    """Where a tensor came from: a GELU, or a norm (by name)."""
+    """Where a tensor came from: a GELU, or a norm (by name, with the number of entries of its whole output)."""
 
     kind: str
     norm: str | None = None
+    numel: int = 0
 
 
 @dataclass
@@ -55,6 +65,7 @@ class Trace:
         kinds: ``nn.MultiheadAttention`` to how it is called (see :data:`s2d.ptq.attention.KINDS`).
         direct: module to its Linear layers whose weight it uses without calling them.
         uncalled: layers that exist and were not called.
+        problems: module to what keeps it from being quantized.
         left_out: what computes with weights or multiplies activations and is none of the above, one line each.
     """
 
@@ -65,6 +76,7 @@ class Trace:
     kinds: dict[str, str] = field(default_factory=dict)
     direct: dict[str, list[str]] = field(default_factory=dict)
     uncalled: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
 
@@ -88,9 +100,10 @@ class _Watcher(TorchFunctionMode):
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self.stack: list[nn.Module] = [model]
         self.trace = Trace()
-        self.consumers: dict[str, list[str]] = {}
+        self.origins: dict[str, list[tuple[Origin | None, int]]] = {}
         self.shared_norms: set[str] = set()  # norms whose output something other than a Linear layer reads
-        self.made: dict[str, list[list[str | None]]] = {}  # module to the products of each of its calls
+        # Module to the products of each of its calls: the kind, and the size of the scores (made or used).
+        self.made: dict[str, list[list[tuple[str | None, int]]]] = {}
 
     # --- modules
 
@@ -102,29 +115,24 @@ class _Watcher(TorchFunctionMode):
             named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             kind = call_kind(module, named["query"], named["key"], named["value"])
             if self.trace.kinds.setdefault(name, kind) != kind:
-                raise ValueError(f"attention {name} is called with queries, keys and values shared in different ways")
+                self.trace.problems[name] = "is called with queries, keys and values shared in different ways"
         elif is_layer(module):
             self._called(name, module, (*args, *kwargs.values())[0])
 
     def _called(self, name: str, layer: nn.Module, x: Tensor) -> None:
         self.trace.layers.setdefault(name, layer)
         origin = getattr(x, MARK, None)
-        if origin is not None:
-            self.trace.after[name] = origin.kind
-            if origin.norm is not None:
-                self.consumers.setdefault(origin.norm, []).append(name)
-        else:  # perhaps a later call, with another origin
-            self.trace.after.pop(name, None)
+        self.origins.setdefault(name, []).append((origin, x.numel()))
 
     def left(self, module: nn.Module, args: tuple, output) -> None:
         self.stack.pop()
         if _is_norm(module) and isinstance(output, Tensor):
-            setattr(output, MARK, Origin("norm", self.names[module]))
+            setattr(output, MARK, Origin("norm", self.names[module], output.numel()))
 
     # --- functions
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        args, kwargs = positional(function, args, kwargs)
         tensors = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (list, tuple)) else [a])]
         tensors = [t for t in tensors if isinstance(t, Tensor)]
         marks = [(t, getattr(t, MARK)) for t in tensors if getattr(t, MARK, None) is not None]
@@ -132,14 +140,18 @@ class _Watcher(TorchFunctionMode):
         if not direct:
             self._contraction(function, args, kwargs)
         result = function(*args, **kwargs)
+        last = self.made.get(self.names[self.stack[-1]], [[]])[-1]
+        if last[-1:] == [(None, 0)] and isinstance(result, Tensor):  # the product just made: now its size is known
+            last[-1] = (None, result.numel())
         if isinstance(result, (Tensor, tuple, list)) and not direct:
-            self._pass_on(function, marks, result)
+            self._pass_on(function, args, kwargs, marks, result)
         return result
 
-    def _pass_on(self, function, marks: list[tuple[Tensor, Origin]], result) -> None:
+    def _pass_on(self, function, args: tuple, kwargs: dict, marks: list[tuple[Tensor, Origin]], result) -> None:
         name = getattr(function, "__name__", "")
-        if name == "__get__":  # a property; .T and .mT change the place of the channels, the others give no data
-            return
+        parts = [result] if isinstance(result, Tensor) else result
+        if name in _SHAPES or not any(isinstance(part, Tensor) for part in parts):
+            return  # about shapes, not data
         if isinstance(result, Tensor):
             if function is F.gelu:
                 setattr(result, MARK, Origin("gelu"))
@@ -147,9 +159,10 @@ class _Watcher(TorchFunctionMode):
                 delattr(result, MARK)  # changed in place
         innermost = self.stack[-1]
         for tensor, origin in marks:
-            if name in _MOVES and isinstance(result, Tensor) and _keeps_channels(name, tensor, result):
+            moved = name in _MOVES and isinstance(result, Tensor)
+            if moved and _keeps_channels(function, args, kwargs, tensor, result):
                 setattr(result, MARK, origin)
-            elif origin.norm is not None and not (is_layer(innermost) or self.names[innermost] == origin.norm):
+            elif origin.norm is not None and not is_layer(innermost):
                 self.shared_norms.add(origin.norm)
 
     def _direct(self, args: tuple, kwargs: dict) -> bool:
@@ -169,11 +182,12 @@ class _Watcher(TorchFunctionMode):
         owner = self.stack[-1]
         calls = self.made.setdefault(self.names[owner], [[]])
         if function is _ATTENTION:
-            calls[-1] += ["qk", "pv"]
+            calls[-1] += [("qk", 0), ("pv", 0)]
             return
         places = factors(function, args)
         if places is not None:
-            calls[-1].append("pv" if _are_probabilities(args[places[0]]) else None)
+            left = args[places[0]]
+            calls[-1].append(("pv", left.numel()) if _are_probabilities(left) else (None, 0))
             return
         if function not in _WITH_WEIGHTS or is_layer(owner) or isinstance(owner, nn.MultiheadAttention):
             return
@@ -199,15 +213,30 @@ class _Watcher(TorchFunctionMode):
             origin = getattr(tensor, MARK, None)
             if origin is not None and origin.norm is not None:
                 self.shared_norms.add(origin.norm)
-        for norm, layers in self.consumers.items():
-            if norm not in self.shared_norms:
+        consumers: dict[str, list[str]] = {}
+        whole: set[str] = set()
+        for name, calls in self.origins.items():
+            kinds = {origin and origin.kind for origin, _ in calls}
+            norms = {origin and origin.norm for origin, _ in calls}
+            if len(kinds) == 1 and None not in kinds:
+                trace.after[name] = kinds.pop()
+            if len(norms) > 1 or isinstance(trace.layers[name], CONVOLUTIONS):
+                self.shared_norms |= norms - {None}
+            for norm in norms - {None}:
+                consumers.setdefault(norm, []).append(name)
+                if all(origin.numel == numel for origin, numel in calls if origin is not None):
+                    whole.add(norm)
+        for norm, layers in consumers.items():
+            # Layers that read different tokens: one of them must read all.
+            if norm not in self.shared_norms and (len(layers) == 1 or norm in whole):
                 trace.norm |= dict.fromkeys(layers, norm)
         for name, calls in self.made.items():
             plans = [_paired(call) for call in calls if call]
             if not plans:
                 continue
             if any(plan != plans[0] for plan in plans):
-                raise ValueError(f"module {name} makes other products in one call than in another: exclude it")
+                trace.problems[name] = "makes other products in one call than in another"
+                continue
             module = model.get_submodule(name)
             if any(plans[0]):
                 trace.plans[name] = plans[0]
@@ -223,31 +252,41 @@ class _Watcher(TorchFunctionMode):
         return trace
 
 
-def _keeps_channels(name: str, before: Tensor, after: Tensor) -> bool:
-    """Whether the last dimension is still the channels, none added."""
-    if name in ("transpose", "permute", "movedim", "swapaxes"):
-        return after.shape[-1:] == before.shape[-1:] and after.stride()[-1:] == before.stride()[-1:]
-    return after.shape == before.shape if name.endswith("pad") else after.shape[-1:] == before.shape[-1:]
+def _keeps_channels(function, args: tuple, kwargs: dict, before: Tensor, after: Tensor) -> bool:
+    """Whether the last dimension still holds the same channels in their order, and none was added."""
+    if function.__name__.endswith("pad"):
+        return after.shape == before.shape
+    if after.shape[-1:] != before.shape[-1:] or function.__name__ not in _PICKS:
+        return after.shape[-1:] == before.shape[-1:]
+    # The channels' own numbers must come out in order.
+    numbers = torch.arange(before.shape[-1], device=before.device, dtype=before.dtype)
+    ramp = numbers.expand(before.shape)
+    moved = function(*(ramp if a is before else a for a in args), **kwargs)
+    return bool((moved == numbers).all())
 
 
 def _are_probabilities(tensor: Tensor) -> bool:
     total = tensor.float().sum(-1)
-    return bool((tensor >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)
+    tolerance = max(1e-3, torch.finfo(tensor.dtype).eps)
+    return bool((tensor >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=tolerance)
 
 
-def _paired(call: list[str | None]) -> list[str | None]:
-    """Mark the product before each product with probabilities as the one that made them."""
-    paired = list(call)
-    for position, kind in enumerate(call):
-        if kind == "pv" and position > 0 and paired[position - 1] is None:
-            paired[position - 1] = "qk"
-    return paired
+def _paired(call: list[tuple[str | None, int]]) -> list[str | None]:
+    """Mark for each product with probabilities the one that made them: the first before it of their size."""
+    kinds = [kind for kind, _ in call]
+    for position, (kind, size) in enumerate(call):
+        earlier = [i for i in range(position) if kinds[i] is None and call[i][1] == size]
+        if kind == "pv" and earlier:
+            kinds[earlier[0]] = "qk"
+    return kinds
 
 
 def tensors_of(output) -> list[Tensor]:
     """The tensors of a model's output, which may be nested in tuples and mappings."""
     if isinstance(output, Tensor):
         return [output]
+    if dataclasses.is_dataclass(output):
+        output = list(vars(output).values())
     if isinstance(output, dict) or hasattr(output, "values"):
         output = list(output.values())
     return [t for part in output for t in tensors_of(part)] if isinstance(output, (tuple, list)) else []
