@@ -256,7 +256,7 @@ def test_models_that_are_not_quantized_are_refused(tmp_path: Path) -> None:
         save_quantized(prepare(vit(), images()), tmp_path / "a")
     saved = quantize(vit(), w_bits=4, a_bits=4, calibration=images())
     set_mode(saved, "train")
-    with pytest.raises(ValueError, match="freeze_weight"):
+    with pytest.raises(ValueError, match="finish_qat"):
         save_quantized(saved, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 

@@ -67,6 +67,28 @@ def test_pretraining_rows_are_those_of_the_table(optimizer):
     assert f"| {optimizer} | {' | '.join(cells)} |" in README
 
 
+@pytest.mark.parametrize("variant", ["SGD", "AdamW", "S2D", "No PCDR"])
+def test_method_rows_are_those_of_the_table(variant):
+    table = pd.read_csv(ROOT / "data" / "laptop" / "ptq_methods.csv").query("variant == @variant")
+    mean = 100 * table.groupby(["bits", "method"]).accuracy.mean()
+    cells = [
+        f"{mean[bits, method]:.1f}" for bits in ("W4A4", "W3A3") for method in ("RTN", "PTQ4ViT", "RepQ-ViT", "ERQ")
+    ]
+    assert f"| {variant} | {mean['FP', 'FP']:.1f} | {' | '.join(cells)} |" in README
+
+
+def test_other_quantization_figures_are_those_of_the_tables():
+    qat = pd.read_csv(ROOT / "data" / "laptop" / "ptq_qat.csv")
+    mean = 100 * qat.groupby(["variant", "training"]).accuracy.mean().unstack()
+    for variant in ("AdamW", "S2D"):
+        assert f"{variant} {mean.PTQ[variant]:.1f} to {mean.QAT[variant]:.1f}" in README
+    table = pd.read_csv(ROOT / "data" / "laptop" / "ptq_conditioning.csv").query("bits == 'W4A4'")
+    mean = 100 * table.groupby(["conditioning", "variant"]).accuracy.mean().unstack()
+    for name in ("none", "SmoothQuant", "rotation"):
+        assert f"{name} {mean.AdamW[name]:.1f} / {mean.S2D[name]:.1f}" in README
+    assert (pd.read_csv(ROOT / "data" / "laptop" / "ptq_int8.csv").agreement == 1).all()
+
+
 def test_theorem_figures_are_those_of_the_table():
     bound = pd.read_csv(ROOT / "data" / "laptop" / "bound.csv")
     assert bound.holds.all()

@@ -189,7 +189,7 @@ def grid_on_histogram(values: Tensor, quantizers: Mapping[str, Quantizer]) -> Fi
     figure, axes = plt.subplots(1, len(quantizers), figsize=(3.6 * len(quantizers), 2.9), sharey=True)
     for axis, (title, quantizer) in zip(axes, quantizers.items(), strict=True):
         rounded = quantizer(flat)
-        axis.hist(flat.numpy(), bins=120, color=COLOURS["SGD"], log=True)
+        axis.hist(flat.numpy(), bins=120, color=COLOURS["SGD"], log=True, histtype="stepfilled")
         for point in rounded.unique().tolist():
             axis.axvline(point, ymax=0.12, color=COLOURS["AdamW"], linewidth=1.2)
         error = (rounded - flat).square().mean().sqrt().item()

@@ -330,7 +330,9 @@ def _over_checkpoints(work: Callable[[str, Trained], list[dict]], checkpoints: C
     if workers < 2:
         found = [work(*pair) for pair in bar(pairs)]
     else:
-        context = multiprocessing.get_context("spawn")
+        # The server imports once (7 s of timm) and lives as long as this process: a second table starts at once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["s2d.lab.quantization", "timm.models.vision_transformer"])
         with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             found = list(bar(pool.map(work, *zip(*pairs, strict=True))))
     return pd.DataFrame([row for rows in found for row in rows])

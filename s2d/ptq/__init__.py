@@ -49,8 +49,8 @@ def quantize(
     w_bits: int,
     a_bits: int,
     calibration: Any,
-    transforms: Sequence[str | Callable] = (),
-    exclude: Sequence[str] = (),
+    transforms: str | Sequence[str | Callable] = (),
+    exclude: str | Sequence[str] = (),
     batch_size: int = 32,
     progress: Callable[[str], None] | None = None,
     **options,
@@ -59,7 +59,9 @@ def quantize(
 
     Quantized are the weights of convolutions and Linear layers, the inputs of Linear layers, and both factors of both
     products of every attention. LayerNorm, softmax, GELU, residual sums, embeddings, biases and the image itself stay
-    in floating point. What cannot be reached is named in a warning and by :func:`coverage`.
+    in floating point. What cannot be reached is named in a warning and by :func:`coverage`. Several methods move scales
+    from a norm into the layers that read it, so features taken from in between (timm's ``forward_features``) may be
+    scaled; outputs are not.
 
     Args:
         model: any timm, open_clip or transformers model, or one of your own; left untouched.
@@ -94,6 +96,7 @@ def quantize(
     check_bits(w_bits, "w_bits")
     check_bits(a_bits, "a_bits")
     _check_options(method, options)
+    transforms = [transforms] if isinstance(transforms, str) else transforms
     applied = [_transform(transform) for transform in transforms]
     # Callers are often in inference mode, where nothing made has a gradient later.
     with torch.inference_mode(False), torch.no_grad():

@@ -68,7 +68,8 @@ def _lengths(batch: Any) -> list[int]:
     """The different sizes of the first dimension, in order."""
     if not isinstance(batch, (Tensor, tuple, Mapping)):
         raise ValueError(
-            f"calibration data is a {type(batch).__name__}: give a tensor, tuple, mapping, or a list of those"
+            f"calibration data is a {type(batch).__name__}: give a tensor, tuple or mapping, as the model is called "
+            "(without labels), or a list of those"
         )
     return sorted({len(tensor) for tensor in _tensors(batch) if tensor.ndim})
 

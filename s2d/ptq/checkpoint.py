@@ -92,7 +92,7 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     if not folder.exists() and not folder.is_symlink():
         return
     if not overwrite:
-        raise ValueError(f"{folder} exists: choose another folder, or overwrite it (overwrite=True)")
+        raise ValueError(f"{folder} exists: choose another folder, or overwrite it (overwrite=True, --overwrite)")
     if folder.is_symlink() or not folder.is_dir() or {path.name for path in folder.iterdir()} - {TENSORS, DESCRIPTION}:
         raise ValueError(f"{folder} is no folder with a quantized model alone: it is not overwritten, choose another")
 
@@ -105,8 +105,8 @@ def check_quantized(model: nn.Module) -> None:
     for name, site in found.items():
         if site.mode != "quantized":
             raise ValueError(
-                f"site {name or '(the model)'} is in mode {site.mode!r}: call s2d.ptq.quantize (after training: "
-                "freeze_weight() of every layer), then s2d.ptq.sites.set_mode(model, 'quantized')"
+                f"site {name or '(the model)'} is in mode {site.mode!r}: call s2d.ptq.qat.finish_qat after "
+                "training, or s2d.ptq.sites.set_mode(model, 'quantized')"
             )
 
 

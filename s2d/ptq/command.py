@@ -37,6 +37,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -494,13 +495,19 @@ def _probe(subject: Subject, data: Tensor, option: str) -> Tensor:
         ) from None
 
 
-def _check_labels(items: Items, found: Tensor, option: str) -> None:
+def _check_labels(items: Items, found: Tensor, option: str, label_ids: dict[str, int]) -> None:
     if items.labels is None:
         return
     if found.ndim != 2 or max(items.labels) >= found.shape[1] or min(items.labels) < 0:
         raise ValueError(
             f"{option} {items.source} has labels up to {max(items.labels)}, the model's output has shape "
             f"(N, {', '.join(map(str, found.shape[1:]))}): give data of the model's classes, or without labels"
+        )
+    named = items.classes and all(name in label_ids for name in items.classes)
+    if items.classes and not named and len(items.classes) != found.shape[1]:
+        raise ValueError(
+            f"{option} {items.source} has {len(items.classes)} class folders, the model {found.shape[1]} outputs: "
+            "folders in alphabetical order are taken for classes 0, 1, ...; give one folder for each class"
         )
 
 
@@ -582,8 +589,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pretrained", action="store_true", help="timm's weights; needs a network")
 
     parser.add_argument("--method", default="rtn", metavar="NAME", help=f"{', '.join(ptq.METHODS)} (default: rtn)")
-    parser.add_argument("--w-bits", type=int, default=8, metavar="N", help="2 to 8, or 32 for none (default: 8)")
-    parser.add_argument("--a-bits", type=int, default=8, metavar="N", help="2 to 8, or 32 for none (default: 8)")
+    parser.add_argument("--w-bits", type=int, default=8, metavar="N", help="2 to 8; 16 or 32 for none (default: 8)")
+    parser.add_argument("--a-bits", type=int, default=8, metavar="N", help="2 to 8; 16 or 32 for none (default: 8)")
     parser.add_argument(
         "--transforms",
         action="append",
@@ -604,6 +611,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of random weights, draws and the method (default: 0)")
     parser.add_argument("--batch-size", type=_whole, default=32, metavar="N", help="items a forward pass (default: 32)")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="where to write the quantized model")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier model in that folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
     return parser
 
@@ -624,9 +632,19 @@ def _check_arguments(args: argparse.Namespace) -> None:
     args.device = _device(args.device)
     if args.save is not None:
         _need("safetensors.torch", "--save")
-        check_folder(args.save)
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {args.json} cannot be written: give a file in a folder that exists")
+        check_folder(args.save, overwrite=args.overwrite)
+    for option, path in (("--json", args.json), ("--save", args.save)):
+        if path is not None and not _can_write(path, file=option == "--json"):
+            raise ValueError(f"{option} {path} cannot be written: give one in a folder that exists and takes files")
+
+
+def _can_write(path: Path, *, file: bool) -> bool:
+    """Whether a file (or folder) can be made at a path, found out by making one beside it."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.absolute().parent):
+            return not (file and path.is_dir())
+    except OSError:
+        return False
 
 
 def _method_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -697,7 +715,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             test = _ready(test, args.test, "--test", subject, args)
             tested = _draw_tests(test, {calibration.keys[i] for i in chosen}, args)
             found = _probe(subject, test.read(tested[:1]).to(args.device), f"--test {args.test}")
-            _check_labels(test, found, "--test")
+            _check_labels(test, found, "--test", subject.label_ids)
     if RANDOM in (args.calibration, args.test):
         _say("warning: random data: this is a smoke run, its accuracy and errors mean nothing")
 
@@ -709,7 +727,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         result |= {"test": {"data": args.test, "items": len(tested)} | measured}
     if args.save is not None:
         with _stage("save", seconds):
-            save_quantized(quantized, args.save)
+            save_quantized(quantized, args.save, overwrite=args.overwrite)
     return result
 
 
@@ -798,7 +816,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(("top-1 agreement", f"{test['agreement']:.2%}"))
     size, coverage = result["size"], result["coverage"]
     megabytes = [f"{size[name] / 1e6:.2f} MB" for name in ("quantized", "float_model")]
-    rows.append(("size", f"{megabytes[0]}, in floating point {megabytes[1]} ({size['ratio']:.1f} times)"))
+    rows.append(("size, codes packed", f"{megabytes[0]}, in floating point {megabytes[1]} ({size['ratio']:.1f} times)"))
     rows.append(("sites", f"{coverage['quantized']} quantized, {len(coverage['left_out'])} left in floating point"))
     rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())))
     if result["smoke_run"]:
@@ -855,6 +873,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     except ValueError as error:
         _say(f"error: {error}")
+        return 2
+    except TypeError as error:
+        _say(f"error: {error}: is a value of --option of the right type?")
         return 2
     except (ImportError, OSError, RuntimeError) as error:
         _say(f"error: {error}")

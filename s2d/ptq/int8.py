@@ -177,6 +177,8 @@ def export_int8(model: nn.Module, example: Tensor, path: str | Path) -> None:
             if module in replaced:
                 setattr(parent, child, replaced[module])
     exported = replaced.get(exported, exported).eval()
+    if not example.is_floating_point():
+        raise ValueError(f"example holds {example.dtype}: only models of images (floating point) can be exported")
     batch = example.detach().cpu().float()
     batch = batch if len(batch) > 1 else torch.cat([batch, batch])  # the exporter takes a batch of one for a constant
     _check_calls(exported, batch, replaced)

@@ -60,7 +60,7 @@ class Layout:
         return asdict(self)
 
 
-def prepare(model: nn.Module, batches: Any, *, exclude: Sequence[str] = ()) -> nn.Module:
+def prepare(model: nn.Module, batches: Any, *, exclude: str | Sequence[str] = ()) -> nn.Module:
     """Copy a model and put a site at every Linear layer, convolution and attention product, all in floating point.
 
     Layers that share a weight each get their own. What the copy cannot reach (a bare parameter that is multiplied, a
@@ -88,6 +88,7 @@ def prepare(model: nn.Module, batches: Any, *, exclude: Sequence[str] = ()) -> n
     Paper: none.
     """
     batches = batches if isinstance(batches, list) else [batches]
+    exclude = [exclude] if isinstance(exclude, str) else exclude
     quantized = nn.Module()
     quantized.model = copy.deepcopy(model).eval()  # in a box, so that the model itself may be a layer
     inner = quantized.model
@@ -110,7 +111,7 @@ def prepare(model: nn.Module, batches: Any, *, exclude: Sequence[str] = ()) -> n
     with torch.no_grad(), regular_attention():
         _compare(expected, tensors_of(call(result, sample)), type(model).__name__)
     if layout.left_out:
-        warnings.warn("left in floating point: " + "; ".join(layout.left_out), stacklevel=2)
+        warnings.warn("left in floating point: " + "; ".join(layout.left_out), stacklevel=3)
     return result
 
 

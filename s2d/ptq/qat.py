@@ -12,7 +12,7 @@ from s2d.ptq.calibrate import split_batches
 from s2d.ptq.prepare import device_of, prepare
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, check_bits
 from s2d.ptq.rtn import calibrate_inputs
-from s2d.ptq.sites import quantized_layers, set_mode
+from s2d.ptq.sites import quantized_layers, set_mode, sites
 
 
 def begin_qat(
@@ -75,10 +75,12 @@ def finish_qat(model: nn.Module) -> nn.Module:
     """Put the trained weights on their grids for good, in place; the result is an ordinary quantized model.
 
     Raises:
-        ValueError: if a weight is not finite.
+        ValueError: if the model is not from :func:`begin_qat`, or a weight is not finite.
 
     Paper: none.
     """
+    if not quantized_layers(model) or any(site.mode != "train" for site in sites(model).values()):
+        raise ValueError(f"{type(model).__name__} is not in quantization-aware training: make it with begin_qat")
     for site in quantized_layers(model).values():
         if site.weight_quantizer is not None:
             site.weight_quantizer.observe(site.weight.detach())
