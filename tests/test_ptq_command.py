@@ -254,6 +254,9 @@ def test_bad_test_data(folder: Path, capsys) -> None:
         ([ARCH, *RANDOM, "--device", "gpu"], "--device 'gpu' cannot be used"),
         ([ARCH, *RANDOM, "--save", "there"], "there exists: choose another folder"),
         ([ARCH, *RANDOM, "--json", "nowhere/a.json"], "--json nowhere/a.json cannot be written"),
+        ([ARCH, *RANDOM, "--json", "/proc/result.json"], "--json /proc/result.json cannot be written"),
+        ([ARCH, *RANDOM, "--save", "nowhere/model"], "--save nowhere/model cannot be written"),
+        ([ARCH, *RANDOM, "--method", "erq", "--option", "ridge=abc"], "is a value of --option of the right type?"),
         ([ARCH, *RANDOM, "--typo"], "unrecognized arguments: --typo"),
         ([ARCH, "--model-options", "{", "--calibration", "random"], "--model-options '{' is not JSON"),
         ([ARCH, "--model-options", "3", "--calibration", "random"], "--model-options '3' is no JSON object"),
@@ -270,6 +273,21 @@ def test_bad_arguments(arguments: list[str], message: str, folder: Path, capsys)
     (folder / "there").mkdir()
     assert message in fails(arguments, capsys)
     assert not (folder / "result.json").exists()
+
+
+def test_fewer_class_folders_than_outputs_are_no_labels(folder: Path, capsys) -> None:
+    write_images(folder / "val", 4, classes=2)
+    line = fails([*FILE[: FILE.index("--calibration")], "--calibration", "random", "--test", "val"], capsys)
+    assert "val has 2 class folders, the model 3 outputs" in line
+
+
+def test_an_earlier_model_is_replaced_when_asked(folder: Path, capsys) -> None:
+    assert main([*FILE, "--save", "saved"]) == 0
+    capsys.readouterr()
+    before = (folder / "saved" / "model.safetensors").read_bytes()
+    assert "saved exists" in fails([*FILE, "--save", "saved"], capsys)
+    assert main([*FILE, "--w-bits", "3", "--save", "saved", "--overwrite"]) == 0
+    assert (folder / "saved" / "model.safetensors").read_bytes() != before
 
 
 def test_bad_checkpoints(folder: Path, capsys) -> None:

@@ -153,3 +153,10 @@ def test_the_key_holds_the_bits_the_start_and_the_quantizers_code() -> None:
     assert recipe_key(longer) != recipe_key(tiny())
     assert Trained(tiny("S2D"), {}, []).seed == 0
     assert hash(tiny().model) == hash(tiny().model) != hash(tiny("S2D").model)
+
+
+def test_only_a_model_in_training_is_finished() -> None:
+    x = torch.randn(8, 6)
+    for model in (network(), quantize(network(), w_bits=4, a_bits=4, calibration=x)):
+        with pytest.raises(ValueError, match="make it with begin_qat"):
+            finish_qat(model)

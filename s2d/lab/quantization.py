@@ -263,19 +263,25 @@ def qat_table(checkpoints: Checkpoints, aware: Checkpoints, bits: str, *, images
     Returns:
         Columns variant, seed, training (``"FP"``, ``"PTQ"``, ``"QAT"``), bits, images, accuracy.
     """
+    parse_bits(bits)
+    pairs = {variant: list(zip(checkpoints[variant], aware[variant], strict=True)) for variant in checkpoints}
+    return _over_checkpoints(partial(_qat_rows, bits=bits, images=images), pairs)
+
+
+def _qat_rows(variant: str, pair: tuple[Trained, Trained], *, bits: str, images: int) -> list[dict]:
+    before, after = pair
+    subject = _Subject(variant, before, "test", images)
+    calibration, _ = before.recipe.data.fixed_set("calibration", CALIBRATION_IMAGES)
     w_bits, a_bits = parse_bits(bits)
-    rows = []
-    for (variant, before), (_, after) in zip(each(checkpoints), each(aware), strict=True):
-        subject = _Subject(variant, before, "test", images)
-        calibration, _ = before.recipe.data.fixed_set("calibration", CALIBRATION_IMAGES)
-        results = {
-            "FP": ("FP", subject.compared(subject.full)),
-            "PTQ": (bits, subject.measure(w_bits, a_bits, calibration, method="rtn")),
-            "QAT": (bits, subject.compared(logits_of(after.model(), subject.x))),
-        }
-        for training, (name, result) in results.items():
-            rows.append(subject.row | {"training": training, "bits": name, "accuracy": result["accuracy"]})
-    return pd.DataFrame(rows)
+    results = {
+        "FP": ("FP", subject.compared(subject.full)),
+        "PTQ": (bits, subject.measure(w_bits, a_bits, calibration, method="rtn")),
+        "QAT": (bits, subject.compared(logits_of(after.model(), subject.x))),
+    }
+    return [
+        subject.row | {"training": training, "bits": name, "accuracy": result["accuracy"]}
+        for training, (name, result) in results.items()
+    ]
 
 
 def int8_table(checkpoints: Checkpoints, *, images: int = TEST_IMAGES) -> pd.DataFrame:
@@ -320,7 +326,7 @@ def _check_known(names: Sequence[str], known: Mapping[str, Any], what: str) -> N
 # --- over all checkpoints, on every core -----------------------------------------------------------------------------
 
 
-def _over_checkpoints(work: Callable[[str, Trained], list[dict]], checkpoints: Checkpoints) -> pd.DataFrame:
+def _over_checkpoints(work: Callable[[str, Any], list[dict]], checkpoints: Mapping[str, Sequence]) -> pd.DataFrame:
     """The rows of every checkpoint, in order; ``$S2D_WORKERS`` processes of one thread each share them."""
     from tqdm import tqdm
 

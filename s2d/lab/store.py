@@ -12,6 +12,7 @@ at.
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import io
 import json
@@ -66,7 +67,7 @@ class Trained:
 
     def model(self) -> nn.Module:
         """The model with these weights, float32, in evaluation mode."""
-        model = self.recipe.model.build(0)
+        model = copy.deepcopy(_blank(self.recipe.model))
         model.load_state_dict({name: tensor.float() for name, tensor in self.weights.items()})
         return model.eval()
 
@@ -187,8 +188,14 @@ def _load(path: Path, recipe: Recipe) -> Trained:
 
 
 @cache
+def _blank(model: DigitsViT) -> nn.Module:
+    """A model to load weights into, built once: that of QAT is calibrated for it."""
+    return model.build(0)
+
+
+@cache
 def _shapes(model: DigitsViT) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.build(0).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in _blank(model).state_dict().items()}
 
 
 def _train_and_store(recipe: Recipe, progress=lambda steps: None) -> None:
