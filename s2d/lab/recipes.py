@@ -20,7 +20,7 @@ VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", "Top 3 of every lay
 FINETUNE_LR = 3e-3
 RECIPE_WEIGHT_DECAY = 0.01
 TUNED_WEIGHT_DECAY = 0.5
-TUNED_LAM = {"No PCDR": 5e-4, "Top 3 of every layer": 2e-3, "S2D": 1e-2}
+TUNED_LAM = {"No PCDR": 5e-4, "Top 3 of every layer": 2e-3, "S2D": 5e-3}
 TUNED_TAU = 0.6
 # Not tuned: fine-tuning's learning rate divided by three, and steps enough for the loss to settle.
 QAT_LR = 1e-3
