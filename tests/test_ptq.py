@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import grid_by_hand
 from torch import Tensor, nn
 
 from s2d.ptq import METHODS, coverage, quantize
@@ -19,19 +20,6 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def grid_by_hand(values: np.ndarray, n_bits: int, symmetric: bool, granularity: str) -> tuple[np.ndarray, ...]:
-    """Scale and zero point (broadcastable to ``values``) and the code range, from the definition, in float64."""
-    axes = {"per_tensor": None, "per_channel": tuple(range(1, values.ndim)), "per_token": -1}[granularity]
-    low = np.minimum(values.min(axis=axes, keepdims=True), 0)
-    high = np.maximum(values.max(axis=axes, keepdims=True), 0)
-    if symmetric:
-        q_max = 2 ** (n_bits - 1) - 1
-        return np.maximum(-low, high) / q_max, np.zeros_like(low), -q_max, q_max
-    q_max = 2**n_bits - 1
-    scale = (high - low) / q_max
-    return scale, np.round(-low / scale), 0, q_max
 
 
 # --- quantized copies ---

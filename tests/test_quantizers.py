@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import grid_by_hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,20 +41,6 @@ def calibrated(x: Tensor, n_bits: int, **options) -> AffineQuantizer:
     quantizer.observe(x)
     quantizer.freeze()
     return quantizer
-
-
-def grid_by_hand(x: Tensor, n_bits: int, symmetric: bool, granularity: str) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Scale and zero point (broadcastable to ``x``) and the code range, from the definition, in float64."""
-    values = x.double().numpy()
-    axes = {"per_tensor": None, "per_channel": tuple(range(1, values.ndim)), "per_token": -1}[granularity]
-    low = np.minimum(values.min(axis=axes, keepdims=True), 0)
-    high = np.maximum(values.max(axis=axes, keepdims=True), 0)
-    if symmetric:
-        q_max = 2 ** (n_bits - 1) - 1
-        return np.maximum(-low, high) / q_max, np.zeros_like(low), -q_max, q_max
-    q_max = 2**n_bits - 1
-    scale = (high - low) / q_max
-    return scale, np.round(-low / scale), 0, q_max
 
 
 # --- bits ---
@@ -128,7 +115,7 @@ def test_every_value_goes_to_the_nearest_grid_point(n_bits: int, symmetric: bool
     x = x + torch.tensor([0.0, 5.0, 0.0, -40.0, -9.0, 0.3])[:, None]
     quantizer = calibrated(x, n_bits, symmetric=symmetric, granularity=granularity)
     codes, quantized = quantizer.codes(x), quantizer(x)
-    scale, zero_point, q_min, q_max = grid_by_hand(x, n_bits, symmetric, granularity)
+    scale, zero_point, q_min, q_max = grid_by_hand(x.double().numpy(), n_bits, symmetric, granularity)
 
     assert not codes.is_floating_point()
     assert q_min <= codes.min() and codes.max() <= q_max

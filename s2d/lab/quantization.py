@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -165,12 +165,20 @@ def _method_rows(
 ) -> list[dict]:
     subject = _Subject(variant, trained, "test", images)
     rows = [subject.row | {"method": "FP", "bits": "FP", "calibration_set": 0} | subject.compared(subject.full)]
-    for index, calibration in enumerate(_calibration_sets(trained, sets)):
-        for method in methods:
-            for name, (w_bits, a_bits) in widths.items():
-                result = subject.measure(w_bits, a_bits, calibration, **METHODS[method])
-                rows.append(subject.row | {"method": method, "bits": name, "calibration_set": index} | result)
+    for method, row, options in _settings(trained, {name: METHODS[name] for name in methods}, widths, sets):
+        rows.append(subject.row | {"method": method} | row | subject.measure(**options))
     return rows
+
+
+def _settings(
+    trained: Trained, named: Mapping[str, Mapping[str, Any]], widths: Mapping[str, tuple[int, int]], sets: int
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Each name, bit width and calibration set: the name, columns of the row, arguments of ``quantize``."""
+    for index, calibration in enumerate(_calibration_sets(trained, sets)):
+        for name, options in named.items():
+            for bits, (w_bits, a_bits) in widths.items():
+                arguments = {"w_bits": w_bits, "a_bits": a_bits, "calibration": calibration} | dict(options)
+                yield name, {"bits": bits, "calibration_set": index}, arguments
 
 
 def _calibration_sets(trained: Trained, sets: int) -> list[Tensor]:
@@ -212,13 +220,11 @@ def _conditioning_rows(
 ) -> list[dict]:
     subject = _Subject(variant, trained, "test", images)
     rows = []
-    for index, calibration in enumerate(_calibration_sets(trained, sets)):
-        for name in names:
-            for bits, (w_bits, a_bits) in widths.items():
-                model = subject.quantized(w_bits, a_bits, calibration, transforms=CONDITIONING[name])
-                result = subject.compared(logits_of(model, subject.x))
-                result["online_operations"] = online_operations(model, calibration[:1])
-                rows.append(subject.row | {"conditioning": name, "bits": bits, "calibration_set": index} | result)
+    for name, row, options in _settings(trained, {n: {"transforms": CONDITIONING[n]} for n in names}, widths, sets):
+        model = subject.quantized(**options)
+        result = subject.compared(logits_of(model, subject.x))
+        result["online_operations"] = online_operations(model, options["calibration"][:1])
+        rows.append(subject.row | {"conditioning": name} | row | result)
     return rows
 
 

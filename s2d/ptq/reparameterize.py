@@ -24,6 +24,11 @@ def norm_groups(model: nn.Module) -> dict[str, list[QuantizedLinear]]:
     return {norm: layers for norm, layers in groups.items() if norm not in blocked}
 
 
+def scalable_groups(model: nn.Module) -> dict[str, list[QuantizedLinear]]:
+    """Those of :func:`norm_groups` whose norm :func:`can_scale`."""
+    return {norm: layers for norm, layers in norm_groups(model).items() if can_scale(model.get_submodule(norm))}
+
+
 def can_shift(norm: nn.Module) -> bool:
     """Whether a norm can add something to its output: a LayerNorm can, an RMSNorm cannot."""
     return isinstance(norm, nn.LayerNorm) or isinstance(getattr(norm, "bias", None), nn.Parameter)

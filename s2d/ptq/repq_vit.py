@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from s2d.ptq.calibrate import Seen, site_inputs, visit_sites
 from s2d.ptq.log_sqrt2 import LogSqrt2Quantizer
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, Quantizer, best_percentile_range, chunk_elements
-from s2d.ptq.reparameterize import can_scale, can_shift, norm_groups, rescale_norm
-from s2d.ptq.sites import CONVOLUTIONS, QuantizedLinear, QuantizedProduct, products, quantized_layers
+from s2d.ptq.reparameterize import can_shift, rescale_norm, scalable_groups
+from s2d.ptq.sites import CONVOLUTIONS, QuantizedLinear, QuantizedProduct, Site, products, quantized_layers
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 SOFTMAX = ("auto", "log_sqrt2", "uniform")
@@ -96,15 +96,7 @@ def calibrate_activations(
         raise ValueError(f"softmax is {softmax!r}: choose one of {', '.join(SOFTMAX)}")
     if a_bits in SWITCHED_OFF:
         return
-    groups = {norm: layers for norm, layers in norm_groups(model).items() if can_scale(model.get_submodule(norm))}
-    read: dict[str, int] = {}
-
-    def count(site, inputs):
-        read[site.name] = read.get(site.name, 0) + inputs[0].numel()
-
-    visit_sites(model, batches, count, [layer for layers in groups.values() for layer in layers if len(layers) > 1])
-    # Some read only the class token, or the tokens of an expert: calibrate on the layer that reads most.
-    groups = {norm: sorted(layers, key=lambda layer: -read.get(layer.name, 0)) for norm, layers in groups.items()}
+    groups = _widest_reader_first(model, batches, scalable_groups(model))
     followers = {layer.name for layers in groups.values() for layer in layers[1:]}
     linear = [site for site in quantized_layers(model).values() if not isinstance(site, CONVOLUTIONS)]
     chosen = [site for site in linear if site.name not in followers] + list(products(model).values())
@@ -119,6 +111,22 @@ def calibrate_activations(
             grid = reparameterize(model, seen.site.norm, layers, rows, a_bits, percentiles)
         for layer in layers:
             layer.input_quantizer = _tensor_quantizer(rows, a_bits, percentiles, grid)
+
+
+def _widest_reader_first(
+    model: nn.Module, batches: list[Any], groups: dict[str, list[QuantizedLinear]]
+) -> dict[str, list[QuantizedLinear]]:
+    """Groups in which the first layer reads most: others may read the class token alone, or an expert's tokens."""
+    shared = [layer for layers in groups.values() if len(layers) > 1 for layer in layers]
+    if not shared:  # most ViTs: a pass over the data would show nothing
+        return groups
+    read = dict.fromkeys((layer.name for layer in shared), 0)
+
+    def count(site: Site, inputs: tuple[Tensor, ...]) -> None:
+        read[site.name] += inputs[0].numel()
+
+    visit_sites(model, batches, count, shared)
+    return {norm: sorted(layers, key=lambda layer: -read.get(layer.name, 0)) for norm, layers in groups.items()}
 
 
 def _tensor_quantizer(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import visit_sites
-from s2d.ptq.reparameterize import can_scale, norm_groups, rescale_norm
+from s2d.ptq.reparameterize import rescale_norm, scalable_groups
 from s2d.ptq.rtn import rtn
 from s2d.ptq.sites import QuantizedLinear, Site
 
@@ -76,7 +76,7 @@ def smooth(model: nn.Module, batches: list[Any], *, alpha: float = 0.5) -> None:
     Paper: none (SmoothQuant).
     """
     smoothing_factors(torch.ones(1), torch.ones(1), alpha)  # refuse a bad alpha also where no norm can be scaled
-    groups = {n: layers for n, layers in norm_groups(model).items() if can_scale(model.get_submodule(n))}
+    groups = scalable_groups(model)
     for norm, x_max in _input_maxima(model, batches, groups).items():
         layers = groups[norm]
         w_max = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
@@ -93,9 +93,8 @@ def _input_maxima(model: nn.Module, batches: list[Any], groups: dict[str, list[Q
         here = x.abs().reshape(-1, x.shape[-1]).amax(0)
         maxima[site.norm] = torch.maximum(maxima[site.norm], here) if site.norm in maxima else here
 
-    visit_sites(
-        model, batches, observe, [layer for layers in groups.values() for layer in layers]
-    )  # all layers read the same
+    # All its layers, as some may read a part of its output only (the class token, say).
+    visit_sites(model, batches, observe, [layer for layers in groups.values() for layer in layers])
     return maxima
 
 
