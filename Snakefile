@@ -20,11 +20,14 @@ STORE = "" if FROM == "store" else str(Path("build/store-scratch").resolve())
 # Training uses every core; a notebook that only evaluates uses one.
 TRAINING_THREADS = workflow.cores if FROM == "scratch" or SCALE != "laptop" else 1
 
-CORE = [f"s2d/{name}.py" for name in ("bound", "layers", "outliers", "pcdr", "regularizer", "spectral")]
+REPORTED = sorted(map(str, Path("data/paper").glob("*.csv")))
+CORE = [f"s2d/{name}.py" for name in (
+    "bound", "distributed", "layers", "outliers", "pcdr", "regularizer", "spectral", "watch",
+)]
 PTQ = sorted(map(str, Path("s2d/ptq").glob("*.py")))
 LAB = [f"s2d/lab/{name}.py" for name in (
-    "data", "evaluate", "files", "models", "notebook", "paths", "plotting", "qat", "quantization", "recipes", "results",
-    "session", "store", "training",
+    "data", "evaluate", "files", "models", "notebook", "optimizers", "paired", "pareto", "paths", "plotting", "qat",
+    "quantization", "recipes", "results", "session", "store", "training",
 )]
 
 
@@ -49,13 +52,15 @@ RUN = (
 FIGURES = [
     "origins_kurtosis", "origins_histogram", "bound_tightness", "pcdr_layers",
     "finetuning_spectra", "finetuning_layers", "ptq_accuracy", "ptq_methods", "ptq_conditioning", "ptq_qat",
-    "measured_and_reported",
+    "origins_interventions", "origins_doses", "origins_where", "origins_growth",
+    "ablations", "selection", "staleness", "overshoot",
+    "frontier_search", "frontier_test", "frontier_sites", "measured_and_reported", "claims",
 ]
 
 
 rule all:
     input:
-        executed("05_figures"),
+        executed("08_figures"),
 
 
 rule outlier_origins:
@@ -69,11 +74,13 @@ rule outlier_origins:
         RUN
 
 
-# The next two rules start from the checkpoints that the first one leaves in the store, the fourth from the third's.
+# Notebooks share checkpoints through the store, which knows by itself what is stale. So that nothing is trained twice at
+# once a rule waits for the one whose checkpoints it starts from; but it need not run again because that one did
+# ("ancient"): changing one parameter reruns that notebook and the figures, and nothing else.
 rule bound_and_pcdr:
     input:
         sources("02_bound_and_pcdr"),
-        executed("01_outlier_origins"),
+        ancient(executed("01_outlier_origins")),
     output:
         tables("bound", "pcdr_layers"),
         notebook=executed("02_bound_and_pcdr"),
@@ -84,7 +91,7 @@ rule bound_and_pcdr:
 rule s2d_finetuning:
     input:
         sources("03_s2d_finetuning"),
-        executed("01_outlier_origins"),
+        ancient(executed("01_outlier_origins")),
     output:
         tables("finetuning_layers", "finetuning_spectra", "finetuning_outliers"),
         notebook=executed("03_s2d_finetuning"),
@@ -96,7 +103,7 @@ rule s2d_finetuning:
 rule ptq_evaluation:
     input:
         sources("04_ptq_evaluation"),
-        executed("03_s2d_finetuning"),
+        ancient(executed("03_s2d_finetuning")),
     output:
         tables("ptq", "ptq_methods", "ptq_conditioning", "ptq_qat", "ptq_int8"),
         notebook=executed("04_ptq_evaluation"),
@@ -105,19 +112,72 @@ rule ptq_evaluation:
         RUN
 
 
+# The evidence: other seeds and other optimizers.
+rule origin_evidence:
+    input:
+        sources("05_origin_evidence"),
+        ancient(executed("01_outlier_origins")),
+        "s2d/lab/origins.py",
+    output:
+        tables(
+            "origins_interventions", "origins_interventions_history", "origins_interventions_ptq", "origins_where",
+            "origins_writers", "origins_growth", "origins_correlation",
+        ),
+        notebook=executed("05_origin_evidence"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
+rule ablations:
+    input:
+        sources("06_ablations"),
+        ancient(executed("01_outlier_origins")),
+        "s2d/lab/ablations.py",
+        "s2d/lab/staleness.py",
+        REPORTED,
+    output:
+        tables("ablations", "ablation_differences", "ablation_layers", "selection", "staleness", "overshoot"),
+        notebook=executed("06_ablations"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
+rule frontier:
+    input:
+        sources("07_frontier"),
+        "s2d/lab/frontier.py",
+        ancient(executed("06_ablations")),
+        "data/laptop/tuning.csv",
+    output:
+        tables("frontier", "frontier_reach", "frontier_controls", "frontier_sites"),
+        notebook=executed("07_frontier"),
+    threads: workflow.cores
+    shell:
+        RUN
+
+
 rule figures:
     input:
-        sources("05_figures"),
+        sources("08_figures"),
+        "s2d/lab/ablations.py",
         "s2d/lab/claims.py",
+        "s2d/lab/frontier.py",
+        "s2d/lab/origins.py",
         "s2d/lab/paper.py",
         rules.outlier_origins.output,
         rules.bound_and_pcdr.output,
         rules.s2d_finetuning.output,
         rules.ptq_evaluation.output,
-        sorted(map(str, Path("data/paper").glob("*.csv"))),
+        rules.origin_evidence.output,
+        rules.ablations.output,
+        rules.frontier.output,
+        "data/laptop/tuning.csv",
+        REPORTED,
     output:
         tables("claims"),
         expand("figures/{scale}/{name}.{kind}", scale=SCALE, name=FIGURES, kind=["svg", "png"]),
-        notebook=executed("05_figures"),
+        notebook=executed("08_figures"),
     shell:
         RUN

@@ -157,6 +157,12 @@ class SelectiveSpectralDecay:
     on the size of the task gradient, which Algorithm 1 (line 20) does not intend. A step that a ``GradScaler`` skips
     is skipped here too. ``optimizer.step(closure)`` works: the penalty is added each time the closure has run.
 
+    **Under Adam.** The paper adds the penalty to the gradient, so Adam rescales it entry by entry, and its cached form
+    goes on pushing along a component that is already gone. With ``criterion="all", k_max=None, coefficients="live",
+    coupling="decoupled"`` (decoupled spectral decay, not in the paper) a component shrinks by ``lr * lam *
+    sigma**power`` a step whatever Adam does; notebook 07 compares the two. It needs every triplet: a smaller ``k_max``
+    bounds the memory. Choose ``lam`` anew (0.1 there), and leave the optimizer some weight decay for the rest.
+
     **Many processes.** With ``torch.distributed`` every rank builds and attaches this in the same way. Outliers are
     merged over ranks, the layers of a refresh are shared out over them, and all ranks apply the same penalty, each to
     its own shard of weights that are ``DTensor`` (FSDP2, tensor parallelism).

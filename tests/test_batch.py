@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +63,54 @@ def test_bad_settings_are_refused(tmp_path, config, message):
     done = plan(tmp_path, config)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished_batch(tmp_path_factory) -> Path:
+    """A copy of the repository in which every output is there and up to date."""
+    folder = tmp_path_factory.mktemp("batch")
+    for name in ("notebooks", "s2d", "data/paper"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", folder)
+    (folder / "data" / "laptop").mkdir()
+    shutil.copy(ROOT / "data" / "laptop" / "tuning.csv", folder / "data" / "laptop")
+    planned = snakemake(folder, "--dry-run", "--forceall")
+    outputs = [name for line in re.findall(r"^ +output: (.*)$", planned, re.MULTILINE) for name in line.split(", ")]
+    assert len(outputs) > 50
+    for name in outputs:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    snakemake(folder, "--touch")
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments, "--config", "scale=laptop", "from=store"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "rerun"),
+    [
+        (None, set()),
+        ("notebooks/params/laptop/01_outlier_origins.yaml", {"outlier_origins", "figures"}),
+        ("notebooks/params/laptop/06_ablations.yaml", {"ablations", "figures"}),
+        ("notebooks/08_figures.ipynb", {"figures"}),
+        ("s2d/lab/staleness.py", {"ablations", "figures"}),
+        ("data/laptop/tuning.csv", {"frontier", "figures"}),
+    ],
+)
+def test_a_change_reruns_what_depends_on_it_and_nothing_else(finished_batch, changed, rerun):
+    path = finished_batch / (changed or "Snakefile")
+    text, before = path.read_text(), path.stat()
+    if changed is not None:
+        path.write_text(text + "\n")
+    try:
+        rules = re.findall(r"^rule (\w+):$", snakemake(finished_batch, "--dry-run"), re.MULTILINE)
+    finally:
+        path.write_text(text)
+        os.utime(path, (before.st_atime, before.st_mtime))
+    assert set(rules) - {"all"} == rerun

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from s2d.lab.notebook import check_notebook, read_parameters
-from s2d.lab.recipes import FINETUNE_STEPS, PRETRAIN_STEPS, SEEDS, VARIANTS
+from s2d.lab.recipes import ABLATION_SEEDS, EVIDENCE_SEEDS, FINETUNE_STEPS, PRETRAIN_STEPS, SEEDS, VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
+SEEDS_OF = {"06_ablations": ABLATION_SEEDS, "07_frontier": EVIDENCE_SEEDS}
 SCALES = sorted(path.name for path in (ROOT / "notebooks" / "params").iterdir())
 
 
@@ -24,7 +25,7 @@ def test_template(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_defaults_are_the_recipes_of_the_committed_store(path):
     expected = {
-        "seeds": list(SEEDS),
+        "seeds": list(SEEDS_OF.get(path.stem, SEEDS)),
         "adamw_steps": PRETRAIN_STEPS["adamw"],
         "sgd_steps": PRETRAIN_STEPS["sgd"],
         "finetune_steps": FINETUNE_STEPS,
@@ -53,7 +54,7 @@ def test_shared_parameters_agree_between_the_notebooks_of_a_scale():
         for path in NOTEBOOKS:
             overrides = yaml.safe_load((ROOT / "notebooks" / "params" / scale / f"{path.stem}.yaml").read_text()) or {}
             for name, value in (read_parameters(path) | overrides).items():
-                if name in ("adamw_steps", "sgd_steps", "finetune_steps", "width", "depth", "canvas", "seeds"):
+                if name in ("adamw_steps", "sgd_steps", "finetune_steps", "width", "depth", "canvas"):
                     assert seen.setdefault(name, value) == value, (scale, path.stem, name)
 
 

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
+from s2d.lab.recipes import CONTROLS, DECOUPLED, EVIDENCE_SEEDS, EVIDENCE_VARIANTS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -88,6 +90,44 @@ def test_other_quantization_figures_are_those_of_the_tables():
     for name in ("none", "SmoothQuant", "rotation"):
         assert f"{name} {mean.AdamW[name]:.1f} / {mean.S2D[name]:.1f}" in README
     assert (pd.read_csv(ROOT / "data" / "laptop" / "ptq_int8.csv").agreement == 1).all()
+
+
+EVIDENCE = [
+    ("FP", "FP"),
+    ("RTN", "W4A4"),
+    ("RTN, asymmetric", "W4A4"),
+    ("ERQ", "W4A4"),
+    ("RTN", "W3A3"),
+    ("RepQ-ViT", "W3A3"),
+    ("ERQ", "W3A3"),
+]
+
+
+@pytest.mark.parametrize("variant", [*EVIDENCE_VARIANTS, *CONTROLS])
+def test_evidence_rows_are_those_of_the_table(variant):
+    table = pd.read_csv(ROOT / "data" / "laptop" / "frontier.csv").query("variant == @variant")
+    assert table.seed.nunique() == len(EVIDENCE_SEEDS)
+    accuracy = 100 * table.set_index(["method", "bits"]).accuracy
+    cells = [f"{accuracy[cell].mean():.1f} ± {accuracy[cell].std():.1f}" for cell in EVIDENCE]
+    assert f"| {variant} | {' | '.join(cells)} |" in README
+
+
+def test_verdicts_and_targets_are_counted_right():
+    verdicts = pd.read_csv(ROOT / "data" / "laptop" / "claims.csv").verdict.value_counts()
+    counted = [f"{verdicts[name]} {name}" for name in ("reproduced", "not reproduced", "undecided")]
+    assert f"Of {verdicts.sum()} claims {counted[0]}, {counted[1]}, {counted[2]}" in README
+    reach = pd.read_csv(ROOT / "data" / "laptop" / "frontier_reach.csv")
+    for variant, name in ((DECOUPLED, "decoupled spectral decay"), ("Spectral-norm cap", "the cap")):
+        own = reach[reach.variant == variant]
+        assert f"{name} reaches {own.reached.sum()} of {len(own)}" in README
+
+
+def test_intervention_figures_are_those_of_the_table():
+    table = pd.read_csv(ROOT / "data" / "laptop" / "origins_interventions.csv").query("moment == 'end'")
+    mean = table.groupby("variant")[["excess_kurtosis", "validation_accuracy"]].mean()
+    for variant in ("AdamW, lr 2e-3", "AdamW, rotated basis", "Muon"):
+        row = mean.loc[variant]
+        assert f"| {variant} | {row.excess_kurtosis:.1f} | {100 * row.validation_accuracy:.1f} |" in README
 
 
 def test_theorem_figures_are_those_of_the_table():

@@ -18,6 +18,7 @@ from s2d.lab import store
 from s2d.lab.data import ClutteredDigits
 from s2d.lab.files import read_tensors, write_atomically, write_tensors
 from s2d.lab.models import DigitsViT
+from s2d.lab.optimizers import LessAdaptive
 from s2d.lab.store import Trained, find, obtain, publish, recipe_key
 from s2d.lab.training import Optimizer, Recipe, accuracy, learning_rate, train
 
@@ -322,7 +323,7 @@ def test_the_key_changes_with_every_field_of_a_recipe() -> None:
 def test_the_key_changes_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     before = {recipe: recipe_key(RECIPES[recipe]) for recipe in RECIPES}
-    monkeypatch.setattr(store, "code_fingerprint", lambda with_s2d, with_qat: asked.append(with_s2d) or "other")
+    monkeypatch.setattr(store, "code_fingerprint", lambda *uses: asked.append(uses[0]) or "other")
     assert all(recipe_key(RECIPES[recipe]) != key for recipe, key in before.items())
     recipe_key(replace(FINETUNE, start=S2D))  # a plain fine-tuning of a checkpoint that S2D made
     recipe_key(FINETUNE)
@@ -366,6 +367,18 @@ def test_the_fingerprint_changes_with_each_file_that_counts(monkeypatch: pytest.
         changed[name] = (now[0] != plain, now[1] != with_s2d)
     assert {name for name, (first, _) in changed.items() if first} == set(store.TRAINING_CODE)
     assert {name for name, (_, second) in changed.items() if second} == {*store.TRAINING_CODE, *store.S2D_CODE}
+
+
+def test_the_other_optimizers_code_counts_for_their_recipes_and_what_starts_from_them(monkeypatch) -> None:
+    eps = replace(TINY, optimizer=LessAdaptive("adamw", eps=1e-3))
+    recipes = [TINY, eps, replace(FINETUNE, start=eps)]
+    before = [recipe_key(recipe) for recipe in recipes]
+    original = store._code_only
+    monkeypatch.setattr(store, "_code_only", lambda p: original(p) + ("\nx = 1" if p.name == "optimizers.py" else ""))
+    store.code_fingerprint.cache_clear()
+    now = [recipe_key(recipe) for recipe in recipes]
+    store.code_fingerprint.cache_clear()
+    assert [a == b for a, b in zip(before, now, strict=True)] == [True, False, False]
 
 
 SOURCE = '''"""A module."""
@@ -490,7 +503,7 @@ def test_what_is_missing_is_none(entry: Path) -> None:
 
 
 def test_an_entry_made_by_other_code_is_not_found(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "code_fingerprint", lambda with_s2d, with_qat: "other")
+    monkeypatch.setattr(store, "code_fingerprint", lambda *uses: "other")
     assert find(TINY) is None
 
 

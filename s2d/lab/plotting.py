@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from s2d.lab.files import write_atomically
+from s2d.lab.pareto import pareto_front
 from s2d.lab.paths import output_root
 from s2d.lab.results import load_sources
 from s2d.ptq.quantizers import Quantizer
@@ -26,6 +27,17 @@ COLOURS = {
     "S2D": "#00798c",
     "No PCDR": "#8d6cab",
     "Top 3 of every layer": "#2e4057",
+    "AdamW, lr 2e-3": "#f4a6b0",
+    "AdamW, rotated basis": "#56b4e9",
+    "AdamW, eps 1e-3": "#cc79a7",
+    "AdamW, eps 1e-2": "#9c3587",
+    "AdamW, beta2 0.9": "#e69f00",
+    "Muon": "#6a994e",
+    "Decoupled spectral decay": "#007a3d",
+    "L2 on every component": "#b5838d",
+    "S2D, tuned weight decay": "#7fc8d4",
+    "Spectral-norm cap": "#5c6b73",
+    "Gradient clipping": "#bc8034",
 }
 MARKERS = {
     "SGD": "s",
@@ -34,6 +46,17 @@ MARKERS = {
     "S2D": "D",
     "No PCDR": "v",
     "Top 3 of every layer": "P",
+    "AdamW, lr 2e-3": "8",
+    "AdamW, rotated basis": "X",
+    "AdamW, eps 1e-3": "<",
+    "AdamW, eps 1e-2": ">",
+    "AdamW, beta2 0.9": "h",
+    "Muon": "p",
+    "Decoupled spectral decay": "*",
+    "L2 on every component": "X",
+    "S2D, tuned weight decay": "D",
+    "Spectral-norm cap": "s",
+    "Gradient clipping": "h",
 }
 BIT_ORDER = ["FP", "W8A8", "W6A6", "W5A5", "W4A4", "W3A3"]
 
@@ -368,6 +391,377 @@ def measured_and_reported(ptq: pd.DataFrame, reported: pd.DataFrame) -> Figure:
         ax=right,
     )
     left.set(title="Reported: SigLIP2-B, ImageNet, ERQ", xlabel="", ylabel="accuracy (%)")
-    right.set(title="Measured: laptop ViT, cluttered digits, RTN", xlabel="")
+    right.set(title="Measured: laptop ViT, cluttered digits, ERQ", xlabel="")
     _legend_below(figure, left)
+    return figure
+
+
+def origins_interventions(matched: pd.DataFrame, ptq: pd.DataFrame) -> Figure:
+    """Every optimizer a row: kurtosis at equal accuracy and at the end, accuracy before and after rounding.
+
+    Args:
+        matched: columns variant, moment ("matched" or "end"), excess_kurtosis.
+        ptq: columns variant, bits ("FP" and one more), accuracy.
+    """
+    variants = list(matched.variant.unique())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.36 * len(variants) + 1.7), sharey=True)
+    widths = [b for b in BIT_ORDER if b in set(ptq.bits)]
+    series = [
+        (left, matched[matched.moment == "end"], "excess_kurtosis", 1, "s", "end of training"),
+        (left, matched[matched.moment == "matched"], "excess_kurtosis", 1, "o", "at equal validation accuracy"),
+        *((right, ptq[ptq.bits == b], "accuracy", 100, m, b) for b, m in zip(widths, "so", strict=True)),
+    ]
+    colours = {"s": COLOURS["SGD"], "o": COLOURS["AdamW"]}
+    for axis, table, column, scale, marker, label in series:
+        shift = 0.14 if marker == "o" else -0.14
+        places = [variants.index(v) + shift for v in table.variant]
+        axis.scatter(scale * table[column], places, s=10, color=colours[marker], alpha=0.45)
+        mean = scale * table.groupby("variant")[column].mean()[variants]
+        rows = [i + shift for i in range(len(variants))]
+        axis.scatter(mean, rows, s=40, color=colours[marker], marker=marker, label=label)
+    left.set_yticks(range(len(variants)), variants)
+    left.invert_yaxis()
+    left.set_xscale("symlog", linthresh=1)
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set_xlim(right=2 * max(1, matched.excess_kurtosis.max()))
+    left.set(xlabel="excess kurtosis of the residual stream", title="Outliers")
+    right.set(xlabel="test accuracy (%)", title=f"Full precision and {widths[-1]} (RTN)")
+    for axis in (left, right):
+        axis.grid(axis="y", alpha=0.4)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    return figure
+
+
+def origins_doses(doses: pd.DataFrame) -> Figure:
+    """Kurtosis against how adaptive AdamW is: more ``eps``, more or less ``beta2``; each seed a small marker."""
+    labels = {"eps": "eps (larger: less adaptive)", "beta2": "beta2 (smaller: less adaptive, says [7])"}
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.4), sharey=True)
+    styles = {"end": ("--", "s", COLOURS["SGD"]), "matched": ("-", "o", COLOURS["AdamW"])}
+    names = {"end": "end of training", "matched": "at equal validation accuracy"}
+    for axis, (knob, label) in zip(axes, labels.items(), strict=True):
+        table = doses[doses.knob == knob]
+        ticks = sorted(table.dose.unique())
+        for moment, (line, marker, colour) in styles.items():
+            part = table[table.moment == moment]
+            mean = part.groupby("dose").excess_kurtosis.mean()
+            axis.plot(range(len(ticks)), mean, line, marker=marker, color=colour, label=names[moment])
+            axis.scatter([ticks.index(d) for d in part.dose], part.excess_kurtosis, s=10, color=colour, alpha=0.5)
+        axis.set_xticks(range(len(ticks)), [f"{dose:g}" for dose in ticks])
+        axis.set(xlabel=label, title=f"Dose-response to {knob}")
+    axes[0].set(ylabel="excess kurtosis")
+    axes[0].legend()
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def origins_where(where: pd.DataFrame, writers: pd.DataFrame, variant: str = "AdamW") -> Figure:
+    """The largest channel and direction along the network, the tokens that carry the channel, the layers that write it.
+
+    Args:
+        where: one row a variant, seed and point of the residual stream.
+        writers: one row a variant, seed and layer that adds to the channel.
+        variant: whose tokens and layers are shown; its channel's sign differs by seed, so shares are shown.
+    """
+    figure, ((channel, direction), (middle, right)) = plt.subplots(2, 2, figsize=(10, 7))
+    points = list(where.layer.unique())
+    table = where.assign(position=where.layer.map(points.index))
+    titles = {"energy_share": "The largest channel", "direction_share": "The largest direction, in any basis"}
+    for axis, (column, title) in zip((channel, direction), titles.items(), strict=True):
+        for name, part in table.assign(percent=100 * table[column]).groupby("variant", sort=False):
+            _mean_line(axis, part, "position", "percent", name, marker=MARKERS[name], markersize=5)
+        axis.set(ylabel="share of all energy (%)", ylim=(0, 100), title=title)
+    channel.legend(loc="center right", bbox_to_anchor=(1, 0.35), fontsize="small")
+    own = table[table.variant == variant].groupby("position")
+    for column, label, style in (
+        ("patch_mean_abs", "mean size on patch tokens", {"marker": "o"}),
+        ("class_mean_abs", "mean size on the class token", {"marker": "s"}),
+        ("std", "spread over all tokens", {"linestyle": "--", "color": COLOURS["SGD"]}),
+    ):
+        mean, low, high = own[column].mean(), own[column].min(), own[column].max()
+        (line,) = middle.plot(mean.index, mean, label=label, **({"color": None} | style))
+        middle.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    middle.set(ylabel="activation", ylim=(0, 1.35 * own.patch_mean_abs.max().max()))
+    middle.set(title=f"{variant}: which tokens carry it")
+    middle.legend()
+    for axis in (channel, direction, middle):
+        axis.set_xticks(
+            range(len(points)), ["embed", *(p.replace("blocks.", "block ") for p in points[1:])], rotation=30
+        )
+    part = writers[writers.variant == variant]
+    share = 100 * part["mean"] / part.groupby("seed")["mean"].transform("sum")
+    names = list(part.writer.unique())
+    right.barh(range(len(names)), share.groupby(part.writer).mean()[names], color=COLOURS[variant], alpha=0.45)
+    right.scatter(share, [names.index(w) for w in part.writer], s=14, color=COLOURS[variant])
+    right.set_yticks(range(len(names)), _short(names))
+    right.invert_yaxis()
+    right.set(xlabel="share of the channel's final mean (%)", title=f"{variant}: which layers write it")
+    return figure
+
+
+def origins_growth(growth: pd.DataFrame, correlation: pd.DataFrame) -> Figure:
+    """Largest activation against largest singular value while training grows longer; correlations with intervals.
+
+    Args:
+        growth: one row a seed, length and layer.
+        correlation: one row a pair of columns and scope, with low and high.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for _, path in growth.sort_values("steps").groupby(["seed", "layer"], sort=False):
+        left.plot(path.sigma_1, path.max_abs, color=COLOURS["SGD"], alpha=0.25, linewidth=0.8, zorder=1)
+    lengths = sorted(growth.steps.unique())
+    colours = sns.color_palette("viridis", len(lengths))
+    for steps, colour, marker in zip(lengths, colours, "osD^vPX", strict=False):
+        part = growth[growth.steps == steps]
+        left.scatter(part.sigma_1, part.max_abs, s=22, color=colour, marker=marker, label=f"{steps} steps", zorder=2)
+    left.set(xscale="log", yscale="log", xlabel="largest singular value", ylabel="largest |activation|")
+    left.set(title="One point a layer, seed and length")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(mpl.ticker.NullLocator())
+    left.legend()
+    symbols = {
+        "sigma_1": "$\\sigma_1$",
+        "pcdr_1": "PCDR$_1$",
+        "max_abs": "largest |y|",
+        "excess_kurtosis": "kurtosis",
+        "bound": "$\\sigma_1 \\cdot$ largest $\\|x\\|$",
+    }
+    pairs = list(dict.fromkeys(zip(correlation.x, correlation.y, strict=True)))
+    scopes = list(dict.fromkeys(correlation.scope))
+    styles = zip(scopes, (COLOURS["AdamW"], COLOURS["S2D"], COLOURS["AdamW, tuned weight decay"]), "oD^", strict=True)
+    for index, (scope, colour, marker) in enumerate(styles):
+        part = correlation[correlation.scope == scope]
+        places = [pairs.index(pair) + 0.2 * (index - 1) for pair in zip(part.x, part.y, strict=True)]
+        right.hlines(places, part.low, part.high, color=colour, linewidth=1.5)
+        right.scatter(part.correlation, places, color=colour, marker=marker, s=28, label=scope, zorder=2)
+    right.axvline(0, color="black", linewidth=0.8, linestyle=":")
+    right.set_yticks(range(len(pairs)), [f"{symbols[x]} and {symbols[y]}" for x, y in pairs])
+    right.invert_yaxis()
+    right.set_xticks([-1, -0.5, 0, 0.5, 1])
+    right.set(xlim=(-1.02, 1.02), xlabel="rank correlation, 95 % interval", title="What grows together")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=len(scopes))
+    return figure
+
+
+# --- the sixth notebook: ablations and G.2 ----------------------------------------------------------------------------
+
+
+def ablations(differences: pd.DataFrame) -> Figure:
+    """Every ablation against the baseline: mean difference within a seed, and its 95 % interval, around zero.
+
+    Args:
+        differences: columns group, setting, method, bits, difference, low, high (fractions).
+
+    Returns:
+        One panel a bit width, one row a setting, one colour a method.
+    """
+    table = differences.assign(label=differences.group + ": " + differences.setting)
+    labels, bits = list(dict.fromkeys(table.label)), [b for b in BIT_ORDER if b in set(table.bits)]
+    methods = [method for method in dict.fromkeys(table.method) if method != "FP"]
+    styles = dict(zip(methods, zip(sns.color_palette("colorblind"), "osD^v", strict=False), strict=False))
+    height = 1.6 + 0.32 * len(labels)
+    figure, axes = plt.subplots(1, len(bits), figsize=(3.6 * len(bits) + 1.6, height), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], bits, strict=True):
+        panel = table[table.bits == name]
+        shown = list(dict.fromkeys(panel.method))
+        for index, method in enumerate(shown):
+            part = panel[panel.method == method]
+            colour, marker = styles.get(method, ("black", "o"))
+            places = [labels.index(label) + 0.24 * (index - (len(shown) - 1) / 2) for label in part.label]
+            spread = [100 * (part.difference - part.low), 100 * (part.high - part.difference)]
+            style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 4, "linewidth": 1}
+            axis.errorbar(100 * part.difference, places, xerr=spread, label=method, **style)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title="full precision" if name == "FP" else name, xlabel="points against S2D")
+        axis.grid(axis="y", linewidth=0.3)
+    axes[0, 0].set_yticks(range(len(labels)), labels)
+    axes[0, 0].invert_yaxis()
+    handles, names = axes[0, -1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    return figure
+
+
+def selection(table: pd.DataFrame) -> Figure:
+    """How many components of each layer each criterion picks, mean over seeds."""
+    mean = table.groupby(["layer", "criterion"], sort=False)["rank"].mean().unstack()
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.28 * len(mean)))
+    mean.index = _short(mean.index)
+    sns.heatmap(
+        mean[list(dict.fromkeys(table.criterion))],
+        annot=True,
+        fmt=".1f",
+        cmap="Blues",
+        vmin=0,
+        linewidths=0.5,
+        cbar_kws={"label": "components picked", "ticks": range(int(mean.to_numpy().max()) + 1)},
+        ax=axis,
+    )
+    axis.set(xlabel="", ylabel="", title="What each criterion picks")
+    axis.set_xticks(axis.get_xticks(), axis.get_xticklabels(), rotation=25, ha="right")
+    return figure
+
+
+def _followed(axis, part: pd.DataFrame, column: str) -> None:
+    """One mode over the steps, a line for each interval: the mean, and the range over layers and seeds."""
+    for refresh, rows in part.groupby(part.step - part.age):
+        groups = rows.groupby("step")[column]
+        axis.plot(groups.mean(), color=COLOURS["S2D"])
+        axis.fill_between(groups.mean().index, groups.min(), groups.max(), color=COLOURS["S2D"], alpha=0.2, linewidth=0)
+        if refresh > 0:
+            axis.axvline(refresh, color="black", linewidth=0.6, linestyle=":")
+
+
+def staleness(table: pd.DataFrame) -> Figure:
+    """G.2: cosine of the cached and a fresh penalty, one panel a mode, beside the paper's 0.99.
+
+    Args:
+        table: columns mode, step, age, cosine (by layer and seed).
+    """
+    modes = list(dict.fromkeys(table["mode"]))
+    columns = -(-len(modes) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(2.7 * columns, 4.6), sharex=True, sharey=True, squeeze=False)
+    for axis, mode in zip(axes.flat, modes, strict=False):
+        _followed(axis, table[table["mode"] == mode], "cosine")
+        axis.axhline(0.99, color=COLOURS["AdamW"], linewidth=1, linestyle="--")
+        axis.set_title(mode, fontsize="small")
+    for axis in axes.flat[len(modes) :]:
+        axis.set_axis_off()
+    for axis in axes[:, 0]:
+        axis.set(ylabel="cosine")
+    figure.supxlabel("optimizer step (dotted: refresh; dashed: the paper's 0.99)", fontsize="small")
+    return figure
+
+
+def overshoot(table: pd.DataFrame) -> Figure:
+    """What a penalty does to a weight while it is cached: sigma_1 above, the signed coefficient below, by mode.
+
+    Args:
+        table: columns mode, step, age, sigma_1, coefficient (by layer and seed).
+    """
+    modes = list(dict.fromkeys(table["mode"]))
+    size = (2.6 * len(modes), 4.8)
+    figure, axes = plt.subplots(2, len(modes), figsize=size, sharex=True, sharey="row", squeeze=False)
+    for column, mode in enumerate(modes):
+        part = table[table["mode"] == mode]
+        for axis, name in zip(axes[:, column], ("sigma_1", "coefficient"), strict=True):
+            _followed(axis, part, name)
+        axes[1, column].axhline(0, color="black", linewidth=0.8)
+        axes[0, column].set_title(mode, fontsize="small")
+    axes[0, 0].set(ylabel="$\\sigma_1$")
+    axes[1, 0].set(ylabel="$u_1^\\top W v_1$, cached vectors")
+    figure.supxlabel("optimizer step (dotted: refresh)", fontsize="small")
+    return figure
+
+
+def _legend_in_rows(figure: Figure, axis, columns: int = 4) -> None:
+    """One legend for all panels, for more entries than fit beside each other."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
+def _front_line(axis, points: pd.DataFrame, **style) -> None:
+    """The staircase above which no point is."""
+    front = points[points.front].sort_values("full")
+    axis.step(front.full, front.low, where="pre", linewidth=1, zorder=0, **style)
+
+
+def frontier_search(points: Mapping[str, pd.DataFrame]) -> Figure:
+    """Every setting that was tried, on validation images: full precision against W4A4, one panel a quantizer.
+
+    Args:
+        points: quantizer to the table of :func:`s2d.lab.frontier.search_points`.
+    """
+    figure, axes = plt.subplots(1, len(points), figsize=(5.2 * len(points), 4.2), sharex=True, squeeze=False)
+    for axis, (method, table) in zip(axes[0], points.items(), strict=True):
+        _front_line(axis, table, color="black", linestyle="--")
+        for variant, own in table.groupby("variant", sort=False):
+            style = {"marker": MARKERS[variant], "s": 90 if MARKERS[variant] == "*" else 36, "alpha": 0.85}
+            for longer, part in own.groupby("longer"):
+                face = "none" if longer else COLOURS[variant]
+                label = f"{variant}, twice the steps" if longer else variant
+                axis.scatter(part.full, part.low, edgecolor=COLOURS[variant], facecolor=face, label=label, **style)
+        axis.set(
+            xlabel="full precision (%)", ylabel=f"W4A4, {method} (%)", title=f"Settings tried at laptop scale, {method}"
+        )
+    _legend_in_rows(figure, axes[0, 0])
+    return figure
+
+
+def frontier_test(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> Figure:
+    """The chosen settings on test images: mean and standard deviation over seeds, full precision against low bits.
+
+    Args:
+        table: from :func:`s2d.lab.frontier.frontier_table`.
+        cells: method and bits of each panel.
+    """
+    percent = table.assign(percent=100 * table.accuracy).pivot(
+        index=["variant", "seed"], columns=["method", "bits"], values="percent"
+    )
+    order = list(dict.fromkeys(table.variant))
+    mean, std = (getattr(percent.groupby("variant"), name)().loc[order] for name in ("mean", "std"))
+    rows = -(-len(cells) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.9 * rows), sharex=True, squeeze=False)
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        points = pd.DataFrame({"full": mean["FP", "FP"], "low": mean[cell]})
+        _front_line(axis, points.assign(front=pareto_front(points, "full", "low")), color="black", linestyle="--")
+        for variant, point in points.iterrows():
+            axis.errorbar(
+                point.full,
+                point.low,
+                xerr=std["FP", "FP"][variant],
+                yerr=std[cell][variant],
+                color=COLOURS[variant],
+                marker=MARKERS[variant],
+                markersize=11 if MARKERS[variant] == "*" else 7,
+                elinewidth=0.8,
+                label=variant,
+            )
+        axis.set(ylabel=f"{cell[1]}, {cell[0]} (%)", title=f"{cell[1]}, {cell[0]}")
+    for axis in axes[-1]:
+        axis.set_xlabel("full precision (%)")
+    for axis in list(axes.flat)[len(cells) :]:
+        axis.remove()
+    _legend_in_rows(figure, axes[0, 0])
+    return figure
+
+
+def site_errors(table: pd.DataFrame) -> Figure:
+    """Logit error when the inputs of one kind of site alone are quantized: mean and range over seeds."""
+    figure, axis = plt.subplots(figsize=(8, 3.8))
+    sns.barplot(
+        table,
+        x="kind",
+        y="logit_error",
+        hue="variant",
+        palette=COLOURS,
+        errorbar=lambda x: (x.min(), x.max()),
+        err_kws={"linewidth": 1},
+        ax=axis,
+    )
+    axis.set(
+        xlabel="", ylabel="relative logit error", title=f"Inputs at {table.a_bits.iloc[0]} bits, one kind at a time"
+    )
+    _legend_below(figure, axis)
+    return figure
+
+
+def claims_verdicts(claims: pd.DataFrame) -> Figure:
+    """Every claim with its verdict: the measured value with its interval, each in its own scale, and the paper's."""
+    colours = {"reproduced": "#007a3d", "undecided": "#7a7a7a", "not reproduced": "#d1495b"}
+    claims = claims[claims.verdict.isin(colours)]
+    figure, axis = plt.subplots(figsize=(9.5, 0.3 * len(claims) + 1))
+    for place, row in enumerate(claims.itertuples()):
+        unit = max(abs(value) for value in (row.low, row.high, row.measured) if value == value) or 1.0
+        style = {"color": colours[row.verdict], "marker": "o", "markersize": 5, "linewidth": 2}
+        if row.low == row.low:  # one seed has no interval
+            axis.plot([row.low / unit, row.high / unit], [place, place], color=colours[row.verdict], linewidth=2)
+        axis.plot(row.measured / unit, place, **style)
+        text = f"{row.measured:+.3g} {row.unit}  (paper: {row.reported})"
+        axis.text(1.08, place, text, va="center", fontsize="x-small")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(claims)), claims.claim, fontsize="x-small")
+    axis.set(xlim=(-1.05, 1.05), ylim=(len(claims) - 0.5, -0.5), xlabel="mean and 95 % interval, each in its own scale")
+    axis.set_xticks([-1, 0, 1], ["negative", "0", "positive"])
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure

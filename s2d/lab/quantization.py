@@ -88,13 +88,13 @@ def quantization_table(
     if unknown:
         raise ValueError(f"unknown grid {unknown.pop()!r}: choose symmetric or asymmetric")
     work = partial(_rtn_rows, widths=widths, split=split, images=images, calibrated=calibration_images, grids=grids)
-    return _over_checkpoints(work, checkpoints)
+    return over_checkpoints(work, checkpoints)
 
 
 def _rtn_rows(
     variant: str, trained: Trained, *, widths: dict, split: str, images: int, calibrated: int, grids: Sequence[str]
 ) -> list[dict]:
-    subject = _Subject(variant, trained, split, images)
+    subject = Subject(variant, trained, split, images)
     calibration, _ = trained.recipe.data.fixed_set("calibration", calibrated)
     rows = []
     for grid in grids:
@@ -104,7 +104,7 @@ def _rtn_rows(
     return rows
 
 
-class _Subject:
+class Subject:
     """One checkpoint with its test images and floating-point logits."""
 
     def __init__(self, variant: str, trained: Trained, split: str, images: int) -> None:
@@ -136,6 +136,7 @@ def methods_table(
     *,
     methods: Sequence[str] = tuple(METHODS),
     calibration_sets: int = 2,
+    split: str = "test",
     images: int = TEST_IMAGES,
 ) -> pd.DataFrame:
     """Every checkpoint under every method and bit width, calibrated on several disjoint sets of 32 images.
@@ -145,25 +146,25 @@ def methods_table(
         bits: names such as ``"W4A4"``.
         methods: keys of :data:`METHODS`.
         calibration_sets: how many; they share no image with each other, nor with training and test data.
-        images: test images.
+        split, images: see :func:`quantization_table`.
 
     Returns:
-        Columns variant, seed, method, bits, calibration_set, images, accuracy, logit_error. Full precision has the
-        method ``"FP"``.
+        Columns variant, seed, split, images, method, bits, calibration_set, accuracy, logit_error. Full precision has
+        the method ``"FP"``.
 
     Raises:
         ValueError: for an unknown method or bit width, before anything is computed.
     """
     _check_known(methods, METHODS, "method")
     widths = {name: parse_bits(name) for name in bits}
-    work = partial(_method_rows, widths=widths, methods=methods, sets=calibration_sets, images=images)
-    return _over_checkpoints(work, checkpoints)
+    work = partial(_method_rows, widths=widths, methods=methods, sets=calibration_sets, split=split, images=images)
+    return over_checkpoints(work, checkpoints)
 
 
 def _method_rows(
-    variant: str, trained: Trained, *, widths: dict, methods: Sequence[str], sets: int, images: int
+    variant: str, trained: Trained, *, widths: dict, methods: Sequence[str], sets: int, split: str, images: int
 ) -> list[dict]:
-    subject = _Subject(variant, trained, "test", images)
+    subject = Subject(variant, trained, split, images)
     rows = [subject.row | {"method": "FP", "bits": "FP", "calibration_set": 0} | subject.compared(subject.full)]
     for method, row, options in _settings(trained, {name: METHODS[name] for name in methods}, widths, sets):
         rows.append(subject.row | {"method": method} | row | subject.measure(**options))
@@ -212,13 +213,13 @@ def conditioning_table(
     _check_known(conditioning, CONDITIONING, "conditioning")
     widths = {name: parse_bits(name) for name in bits}
     work = partial(_conditioning_rows, widths=widths, names=conditioning, sets=calibration_sets, images=images)
-    return _over_checkpoints(work, checkpoints)
+    return over_checkpoints(work, checkpoints)
 
 
 def _conditioning_rows(
     variant: str, trained: Trained, *, widths: dict, names: Sequence[str], sets: int, images: int
 ) -> list[dict]:
-    subject = _Subject(variant, trained, "test", images)
+    subject = Subject(variant, trained, "test", images)
     rows = []
     for name, row, options in _settings(trained, {n: {"transforms": CONDITIONING[n]} for n in names}, widths, sets):
         model = subject.quantized(**options)
@@ -271,12 +272,12 @@ def qat_table(checkpoints: Checkpoints, aware: Checkpoints, bits: str, *, images
     """
     parse_bits(bits)
     pairs = {variant: list(zip(checkpoints[variant], aware[variant], strict=True)) for variant in checkpoints}
-    return _over_checkpoints(partial(_qat_rows, bits=bits, images=images), pairs)
+    return over_checkpoints(partial(_qat_rows, bits=bits, images=images), pairs)
 
 
 def _qat_rows(variant: str, pair: tuple[Trained, Trained], *, bits: str, images: int) -> list[dict]:
     before, after = pair
-    subject = _Subject(variant, before, "test", images)
+    subject = Subject(variant, before, "test", images)
     calibration, _ = before.recipe.data.fixed_set("calibration", CALIBRATION_IMAGES)
     w_bits, a_bits = parse_bits(bits)
     results = {
@@ -304,7 +305,7 @@ def int8_table(checkpoints: Checkpoints, *, images: int = TEST_IMAGES) -> pd.Dat
     """
     rows = []
     for variant, trained in each(checkpoints):
-        subject = _Subject(variant, trained, "test", images)
+        subject = Subject(variant, trained, "test", images)
         calibration, _ = trained.recipe.data.fixed_set("calibration", CALIBRATION_IMAGES)
         model = without_product_quantizers(subject.quantized(8, 8, calibration))
         simulated = logits_of(model, subject.x)
@@ -332,7 +333,7 @@ def _check_known(names: Sequence[str], known: Mapping[str, Any], what: str) -> N
 # --- over all checkpoints, on every core -----------------------------------------------------------------------------
 
 
-def _over_checkpoints(work: Callable[[str, Any], list[dict]], checkpoints: Mapping[str, Sequence]) -> pd.DataFrame:
+def over_checkpoints(work: Callable[[str, Any], list[dict]], checkpoints: Mapping[str, Sequence]) -> pd.DataFrame:
     """The rows of every checkpoint, in order; ``$S2D_WORKERS`` processes of one thread each share them."""
     from tqdm import tqdm
 

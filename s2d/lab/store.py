@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from s2d.lab.files import read_tensors, write_tensors
 from s2d.lab.models import DigitsViT
 from s2d.lab.paths import repository_root
-from s2d.lab.training import Recipe, train
+from s2d.lab.training import Optimizer, Recipe, train
 
 # What decides the weights and the history. The regularizer's and the quantizers' files count only for recipes that use
 # them.
 TRAINING_CODE = ("lab/data.py", "lab/models.py", "lab/training.py", "outliers.py")
 S2D_CODE = ("distributed.py", "layers.py", "pcdr.py", "regularizer.py", "spectral.py", "watch.py")
+OPTIMIZER_CODE = ("lab/optimizers.py",)
 QAT_CODE = (
     "lab/qat.py",
     *(f"ptq/{name}.py" for name in ("attention", "calibrate", "prepare", "qat", "quantizers", "rtn", "sites", "trace")),
@@ -106,11 +107,12 @@ def _starting_point(recipe: Recipe) -> Recipe | None:
 
 
 @cache
-def code_fingerprint(with_s2d: bool, with_qat: bool = False) -> str:
+def code_fingerprint(with_s2d: bool, with_qat: bool = False, with_optimizers: bool = False) -> str:
     """Hash of the code that a training run depends on; comments and docstrings do not count."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for name in TRAINING_CODE + (S2D_CODE if with_s2d else ()) + (QAT_CODE if with_qat else ()):
+    extra = [(with_s2d, S2D_CODE), (with_qat, QAT_CODE), (with_optimizers, OPTIMIZER_CODE)]
+    for name in TRAINING_CODE + tuple(name for used, code in extra if used for name in code):
         digest.update(f"{name}\n{_code_only(package / name)}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -120,8 +122,13 @@ def _uses_s2d(recipe: Recipe) -> bool:
     return recipe.s2d is not None or (before is not None and _uses_s2d(before))
 
 
+def _uses_other_optimizers(recipe: Recipe) -> bool:
+    before = _starting_point(recipe)
+    return type(recipe.optimizer) is not Optimizer or (before is not None and _uses_other_optimizers(before))
+
+
 def _fingerprint(recipe: Recipe) -> str:
-    return code_fingerprint(_uses_s2d(recipe), hasattr(recipe.model, "of"))
+    return code_fingerprint(_uses_s2d(recipe), hasattr(recipe.model, "of"), _uses_other_optimizers(recipe))
 
 
 def recipe_key(recipe: Recipe) -> str:
