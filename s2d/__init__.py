@@ -1,6 +1,7 @@
 """S2D: Selective Spectral Decay for quantization-friendly activations (arXiv 2602.14432)."""
 
 from s2d.bound import BoundCheck, SpectralNormBounds, check_bound, spectral_norm_bounds
+from s2d.cap import SpectralNormCap, cap_spectral_norm_
 from s2d.layers import LinearMap, linear_maps
 from s2d.outliers import (
     ActivationStatistics,
@@ -32,9 +33,11 @@ __all__ = [
     "SingularTriplets",
     "SolvedTriplets",
     "SpectralNormBounds",
+    "SpectralNormCap",
     "activation_pcdr",
     "add_spectral_penalty_",
     "as_matrix",
+    "cap_spectral_norm_",
     "check_bound",
     "excess_kurtosis",
     "layer_pcdr",

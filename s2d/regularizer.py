@@ -161,7 +161,8 @@ class SelectiveSpectralDecay:
     goes on pushing along a component that is already gone. With ``criterion="all", k_max=None, coefficients="live",
     coupling="decoupled"`` (decoupled spectral decay, not in the paper) a component shrinks by ``lr * lam *
     sigma**power`` a step whatever Adam does; notebook 07 compares the two. It needs every triplet: a smaller ``k_max``
-    bounds the memory. Choose ``lam`` anew (0.1 there), and leave the optimizer some weight decay for the rest.
+    bounds the memory. Choose ``lam`` anew (0.1 there), and leave the optimizer some weight decay for the rest. There a
+    plain cap (:class:`s2d.cap.SpectralNormCap`) does better still.
 
     **Many processes.** With ``torch.distributed`` every rank builds and attaches this in the same way. Outliers are
     merged over ranks, the layers of a refresh are shared out over them, and all ranks apply the same penalty, each to
