@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from s2d.lab.data import ClutteredDigits
 from s2d.lab.models import DigitsViT
 from s2d.lab.optimizers import Capped, LessAdaptive, Orthogonal, RotatedBasis
-from s2d.lab.qat import FakeQuantized
+from s2d.lab.qat import FakeQuantization
 from s2d.lab.training import Optimizer, Recipe
 from s2d.ptq import parse_bits
 
@@ -249,18 +249,19 @@ def quantization_aware(start: Recipe, bits: str, *, steps: int = QAT_STEPS) -> R
         ValueError: for a bit width of another form.
 
     Example:
-        >>> quantization_aware(finetuning("S2D", seed=0), "W3A3").model.a_bits
+        >>> quantization_aware(finetuning("S2D", seed=0), "W3A3").prepare.a_bits
         3
     """
     w_bits, a_bits = parse_bits(bits)
-    sizes = asdict(start.model)
     return Recipe(
         seed=2000 + start.seed,  # another stream of images than the fine-tuning's
         steps=steps,
         warmup=min(50, steps),
         optimizer=Optimizer("adamw", lr=QAT_LR, weight_decay=RECIPE_WEIGHT_DECAY, betas=start.optimizer.betas),
         data=start.data,
-        model=FakeQuantized(**sizes, of=start, w_bits=w_bits, a_bits=a_bits),
+        model=start.model,
+        start=start,
+        prepare=FakeQuantization(w_bits, a_bits),
         measure_every=max(1, steps // 5),
         device=start.device,
     )

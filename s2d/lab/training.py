@@ -1,17 +1,18 @@
 """Training one recipe: a plain loop that can be interrupted anywhere and resumes as if it had not been.
 
-This file is part of a stored checkpoint's identity (see :mod:`s2d.lab.store`): it holds what decides the weights and
-nothing else.
+The code that a stored checkpoint depends on is this module and what it imports (see :mod:`s2d.lab.identity`), so it
+holds what decides the weights and nothing else. It knows nothing of quantization: what a recipe does to the model
+before it is trained is a :class:`Preparation`.
 """
 
 from __future__ import annotations
 
-import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,25 @@ class Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
 
 
+class Preparation(ABC):
+    """What is done to the model between its start weights and the first step; subclasses are frozen dataclasses.
+
+    Attributes:
+        stage: the word for it in file names.
+    """
+
+    stage: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, model: nn.Module, data: ClutteredDigits) -> nn.Module:
+        """The model to train. Names and shapes of its state must depend on the recipe alone, never on the weights.
+
+        Args:
+            model: with the start weights, on the CPU; may be changed.
+            data: the recipe's.
+        """
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a trained checkpoint.
@@ -62,6 +82,7 @@ class Recipe:
         steps: optimizer steps; the learning rate rises linearly over ``warmup`` of them and falls linearly to 0 over
             the last fifth.
         start: the recipe whose result is fine-tuned, or None to train from scratch.
+        prepare: what is done to the model once the start weights are loaded, or None.
         s2d: keyword arguments of :class:`s2d.SelectiveSpectralDecay`, or None to train without it.
     """
 
@@ -73,6 +94,7 @@ class Recipe:
     data: ClutteredDigits = field(default_factory=ClutteredDigits)
     model: DigitsViT = field(default_factory=DigitsViT)
     start: Recipe | None = None
+    prepare: Preparation | None = None
     s2d: dict[str, Any] | None = None
     measure_every: int = 250
     device: str = "cpu"
@@ -87,10 +109,20 @@ class Recipe:
             raise ValueError(f"canvas {self.data.canvas} and model image_size {self.model.image_size} must be equal")
         if self.start is not None and self.start.model != self.model:
             raise ValueError(f"cannot fine-tune {self.start.model} as {self.model}: the architectures differ")
+        if self.start is not None and self.start.prepare is not None:
+            raise ValueError(
+                f"cannot start from a model prepared by {self.start.prepare}: start from what that began with"
+            )
 
-    def as_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON types."""
-        return json.loads(json.dumps(asdict(self)))
+    @property
+    def origin(self) -> Recipe:
+        """The pretraining that this descends from."""
+        return self if self.start is None else self.start.origin
+
+    def blank(self) -> nn.Module:
+        """A prepared model on the CPU, to load this recipe's result into; its values are of no account."""
+        model = self.model.build(0)
+        return model if self.prepare is None else self.prepare.apply(model, self.data)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -156,6 +188,8 @@ def train(
     model = recipe.model.build(recipe.seed)
     if start is not None:
         model.load_state_dict({name: tensor.float() for name, tensor in start.items()})
+    if recipe.prepare is not None:
+        model = recipe.prepare.apply(model, recipe.data)
     model.to(recipe.device)
     optimizer = recipe.optimizer.build(model)
     decay = None
