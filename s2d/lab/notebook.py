@@ -28,7 +28,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -40,6 +39,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from s2d.files import can_write, write_text
 
 __all__ = [
     "NotebookError",
@@ -160,18 +161,9 @@ def _load(path: str | os.PathLike[str]) -> Any:
 
 
 def _write(notebook: Any, path: Path) -> None:
-    """Write a notebook so that a reader sees the old file or the whole new one."""
     import nbformat
 
-    path = path.resolve()  # a link stays a link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, nbformat.writes(notebook) + "\n")
 
 
 def _tags(cell: Any) -> list[str]:
@@ -574,7 +566,7 @@ def run_notebook(
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{output.parent}: cannot be made a folder ({error.strerror})") from None
-    if not os.access(output.parent, os.W_OK):
+    if not can_write(output):
         raise ValueError(f"{output.parent}: not writable; give another output")
     _run_to(source, notebook, output, values, timeout)
     return output

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from s2d.files import write_atomically
 from s2d.lab.files import read_tensors, write_tensors
 from s2d.lab.models import DigitsViT
 from s2d.lab.paths import repository_root
@@ -359,8 +360,6 @@ def publish(recipes: Sequence[Recipe]) -> list[Path]:
     for path in folder.glob("*.safetensors"):
         if path.name not in wanted:
             path.unlink()
-    from s2d.lab.files import write_atomically
-
     for name, content in wanted.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
             write_atomically(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
