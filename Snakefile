@@ -22,13 +22,14 @@ TRAINING_THREADS = workflow.cores if FROM == "scratch" or SCALE != "laptop" else
 
 REPORTED = sorted(map(str, Path("data/paper").glob("*.csv")))
 CORE = [f"s2d/{name}.py" for name in (
-    "bound", "distributed", "layers", "outliers", "pcdr", "regularizer", "spectral", "watch",
+    "bound", "console", "distributed", "files", "layers", "outliers", "pcdr", "regularizer", "spectral", "watch",
 )]
 PTQ = sorted(map(str, Path("s2d/ptq").glob("*.py")))
 LAB = [f"s2d/lab/{name}.py" for name in (
-    "data", "evaluate", "files", "models", "notebook", "optimizers", "paired", "pareto", "paths", "plotting", "qat",
+    "data", "evaluate", "files", "models", "optimizers", "paired", "pareto", "paths", "plotting", "qat",
     "quantization", "recipes", "results", "session", "store", "training",
 )]
+LAB += sorted(map(str, Path("s2d/lab/notebook").glob("*.py")))
 
 
 def executed(name):

@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from s2d.lab.files import write_atomically
+from s2d.files import write_atomically
 from s2d.lab.pareto import pareto_front
 from s2d.lab.paths import output_root
 from s2d.lab.results import load_sources

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from s2d.lab.files import write_text
+from s2d.files import write_text
 from s2d.lab.paths import output_root, repository_root
 
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "matplotlib")
