@@ -217,3 +217,70 @@ def notebook_code(path: Path) -> str:
 def notebook_modules(path: Path) -> list[str]:
     """The project's modules that a notebook imports."""
     return imported_modules(notebook_code(path))
+
+
+def saved_tables(source: str) -> list[str]:
+    """Names of the tables that some source writes: the second argument of every ``save_table``.
+
+    Raises:
+        ValueError: for a name that is not written out, which nobody could plan with.
+
+    Example:
+        >>> saved_tables('save_table(bound, "bound", run=run, source=source)')
+        ['bound']
+    """
+    return [_written_out(call, 1) for call in _calls(source, "save_table")]
+
+
+def loaded_tables(source: str) -> list[str]:
+    """Names of the tables that some source reads: the first argument of every ``load_table``.
+
+    Raises:
+        ValueError: for a name that is not written out.
+
+    Example:
+        >>> loaded_tables('tuning = load_table("laptop/tuning", run=run)')
+        ['laptop/tuning']
+    """
+    return [_written_out(call, 0) for call in _calls(source, "load_table")]
+
+
+def published_figures(folder: Path = PACKAGE / "lab" / "figures") -> dict[str, list[str]]:
+    """Every published figure and the tables it is drawn from, as :mod:`s2d.lab.figures.registry` knows them.
+
+    Args:
+        folder: whose functions are looked through for the decorator ``@published(tables=[...])``.
+
+    Raises:
+        ValueError: for tables that are not written out.
+
+    Example:
+        >>> published_figures()["bound_tightness"]
+        ['bound']
+    """
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for call in getattr(node, "decorator_list", []):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "published":
+                    (tables,) = (keyword.value for keyword in call.keywords if keyword.arg == "tables")
+                    found[node.name] = _literal(tables, f"{path.name}: the tables of {node.name}")
+    return found
+
+
+def _calls(source: str, function: str) -> list[ast.Call]:
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return sorted((n for n in nodes if getattr(n.func, "id", None) == function), key=lambda n: n.lineno)
+
+
+def _written_out(call: ast.Call, position: int) -> str:
+    return _literal(call.args[position], f"line {call.lineno}: the table's name")
+
+
+def _literal(node: ast.expr, what: str):
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(
+            f"{what} is {ast.unparse(node)}: write it out, so that the batch can be planned without running it"
+        ) from None
