@@ -12,9 +12,9 @@ from scipy import stats
 
 from s2d.lab import plotting
 from s2d.lab.claims import PAPER_MODE, claims_table, reported_pcdr_selection, verdict
-from s2d.lab.paired import paired_interval
 from s2d.lab.paper import load_paper_table
 from s2d.lab.results import save_table
+from s2d.lab.statistics import paired_interval
 
 SEEDS = [3, 4, 5]
 

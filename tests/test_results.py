@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 
 import s2d
 from s2d.lab import results
-from s2d.lab.results import load_sources, load_table, mean_and_spread, provenance, save_table, source_hash
+from s2d.lab.results import load_sources, load_table, provenance, save_table, source_hash
 
 SOURCE = {"notebook": "01_test", "parameters": {"seed": 0}}
 TABLE = pd.DataFrame(
@@ -204,60 +203,6 @@ def test_the_source_hash_changes_with_the_code_alone(tmp_path: Path, monkeypatch
         change()
         assert source_hash() not in seen
         seen.add(source_hash())
-
-
-# --- mean and spread ---
-
-
-def test_mean_and_spread_by_hand() -> None:
-    rows = {
-        ("S2D", "W4A4"): [0.8, 0.9, 0.7],
-        ("S2D", "FP"): [0.95, 0.97, 0.96],
-        ("AdamW", "W4A4"): [0.1, 0.5, 0.3],
-        ("AdamW", "FP"): [0.9],
-    }
-    table = pd.DataFrame(
-        [
-            {"variant": variant, "bits": bits, "seed": seed, "accuracy": a, "logit_error": 2 * a + seed}
-            for (variant, bits), values in rows.items()
-            for seed, a in enumerate(values)
-        ]
-    )
-    got = mean_and_spread(table, ["variant", "bits"], ["accuracy", "logit_error"])
-    assert list(got.columns) == [
-        "variant", "bits", "seeds", "accuracy", "accuracy_std", "logit_error", "logit_error_std"
-    ]  # fmt: skip
-    assert list(zip(got.variant, got.bits, strict=True)) == list(rows)  # in order of appearance
-    for (_, row), values in zip(got.iterrows(), rows.values(), strict=True):
-        errors = [2 * a + seed for seed, a in enumerate(values)]
-        assert row.seeds == len(values)
-        assert row.accuracy == pytest.approx(statistics.mean(values))
-        assert row.logit_error == pytest.approx(statistics.mean(errors))
-        if len(values) > 1:
-            assert row.accuracy_std == pytest.approx(statistics.stdev(values))
-            assert row.logit_error_std == pytest.approx(statistics.stdev(errors))
-        else:
-            assert np.isnan(row.accuracy_std)  # one seed has no spread, which is not a spread of 0
-
-
-def test_mean_and_spread_counts_seeds_not_rows() -> None:
-    table = pd.DataFrame({"variant": ["a"] * 4, "seed": [0, 0, 1, 1], "x": [1.0, 2.0, 3.0, 4.0]})
-    got = mean_and_spread(table, ["variant"], ["x"])
-    assert got.seeds.tolist() == [2] and got.x.tolist() == [2.5]
-
-
-def test_mean_and_spread_keeps_groups_without_a_setting() -> None:
-    """AdamW has no lam: its rows must not vanish from a table grouped by lam."""
-    table = pd.DataFrame({"variant": ["AdamW", "S2D"], "lam": [np.nan, 0.1], "seed": [0, 0], "x": [1.0, 2.0]})
-    got = mean_and_spread(table, ["variant", "lam"], ["x"])
-    assert got.variant.tolist() == ["AdamW", "S2D"] and got.x.tolist() == [1.0, 2.0]
-
-
-def test_mean_and_spread_leaves_the_table_alone() -> None:
-    table = pd.DataFrame({"variant": ["b", "a"], "seed": [0, 0], "x": [1.0, 2.0]})
-    before = table.copy()
-    assert mean_and_spread(table, ["variant"], ["x"]).variant.tolist() == ["b", "a"]
-    pd.testing.assert_frame_equal(table, before)
 
 
 # --- writing ---
