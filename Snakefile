@@ -26,18 +26,6 @@ ALL = workflow.cores
 # Training uses every core; a notebook that only evaluates uses one.
 TRAINING = ALL if FROM == "scratch" or SCALE != "laptop" else 1
 
-<<<<<<< HEAD
-REPORTED = sorted(map(str, Path("data/paper").glob("*.csv")))
-CORE = [f"s2d/{name}.py" for name in (
-    "bound", "console", "distributed", "files", "layers", "outliers", "pcdr", "regularizer", "spectral", "watch",
-)]
-PTQ = sorted(map(str, Path("s2d/ptq").glob("*.py")))
-LAB = [f"s2d/lab/{name}.py" for name in (
-    "data", "evaluate", "files", "models", "optimizers", "paired", "pareto", "paths", "plotting", "qat",
-    "quantization", "recipes", "results", "session", "store", "training",
-)]
-LAB += sorted(map(str, Path("s2d/lab/notebook").glob("*.py")))
-=======
 # A line a notebook: the one whose checkpoints it starts from, and the cores it can use. What it reads and writes, and the
 # code that it needs, is read from the notebook.
 NOTEBOOKS = {
@@ -55,7 +43,6 @@ for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb")):
         raise WorkflowError(f"{path} is not in the batch: give it a line in NOTEBOOKS in the Snakefile")
 
 FIGURES = source.published_figures()
->>>>>>> wt-figures
 
 
 def executed(name):
