@@ -63,10 +63,10 @@ class ClutteredDigits:
             transformer learns every place anew, so this decides how many images it needs, not how hard one image is.
     """
 
-    canvas: int = 12
+    canvas: int = 16
     fragments: int = 4
     fragment_size: int = 3
-    jitter: int | None = 2
+    jitter: int | None = 4
 
     def __post_init__(self) -> None:
         if self.canvas < SOURCE_SIZE:
@@ -138,7 +138,7 @@ class ClutteredDigits:
         Example:
             >>> images, labels = ClutteredDigits().fixed_set("calibration", 32)
             >>> tuple(images.shape)
-            (32, 1, 12, 12)
+            (32, 1, 16, 16)
         """
         pool = split_indices(split)
         n = len(pool) if n is None else n
