@@ -72,7 +72,7 @@ INTERVENTIONS: dict[str, Optimizer] = {
     "AdamW, beta2 0.9": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.9)}),
     "AdamW, beta2 0.999": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.999)}),
     "Muon": Orthogonal("adamw", **_ADAMW),
-    "SGD": Optimizer("sgd", lr=0.2, weight_decay=0.0, clip=1.0),
+    "SGD": Optimizer("sgd", lr=0.1, weight_decay=0.0, clip=CLIP),
 }
 """What appendix C's references change about the optimizer, by the name it has in tables and figures."""
 
