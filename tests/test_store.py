@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2d.lab import ledger, store
 from s2d.lab.data import ClutteredDigits
-from s2d.lab.files import read_tensors, write_atomically, write_tensors
+from s2d.lab.files import read_tensors, write_tensors
 from s2d.lab.identity import code_hash, kind, recipe_key
 from s2d.lab.ledger import Line
 from s2d.lab.models import DigitsViT
@@ -674,29 +674,6 @@ def test_tensors_round_trip_with_their_description(tmp_path: Path) -> None:
 def test_a_missing_file_is_not_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*nothing.safetensors"):
         read_tensors(tmp_path / "nothing.safetensors")
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("existing", [None, b"old"])
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, existing: bytes | None, error: type) -> None:
-    path = tmp_path / "table.csv"
-    if existing is not None:
-        path.write_bytes(existing)
-
-    def write(temporary: Path) -> None:
-        assert temporary.parent == tmp_path and temporary.suffix == ".csv" and temporary != path
-        temporary.write_bytes(b"half")
-        raise error
-
-    with pytest.raises(error):
-        write_atomically(path, write)
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == ([("table.csv", b"old")] if existing else [])
-
-
-def test_a_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
-    (tmp_path / "ordinary").write_bytes(b"")
-    write_atomically(tmp_path / "atomic", lambda temporary: temporary.write_bytes(b"x"))
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 def test_obtain_checkpoints_asks_once_and_keeps_variants_apart(monkeypatch):

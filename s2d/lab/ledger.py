@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from s2d.lab.files import write_text
+from s2d.files import write_text
 from s2d.lab.paths import repository_root
 
 

@@ -23,10 +23,10 @@ class DigitsViT:
         heads: attention heads a block.
     """
 
-    image_size: int = 16
+    image_size: int = 12
     patch_size: int = 4
-    width: int = 64
-    depth: int = 4
+    width: int = 128
+    depth: int = 2
     heads: int = 4
 
     def build(self, seed: int) -> nn.Module:

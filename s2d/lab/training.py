@@ -80,7 +80,7 @@ class Recipe:
     Attributes:
         seed: seed of the initial weights (when there is no ``start``) and of the training stream.
         steps: optimizer steps; the learning rate rises linearly over ``warmup`` of them and falls linearly to 0 over
-            the last fifth.
+            the last half.
         start: the recipe whose result is fine-tuned, or None to train from scratch.
         prepare: what is done to the model once the start weights are loaded, or None.
         s2d: keyword arguments of :class:`s2d.SelectiveSpectralDecay`, or None to train without it.
@@ -126,9 +126,9 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, a plateau, and a linear descent to zero over the last fifth."""
+    """Linear warm-up, a plateau, and a linear descent to zero over the last half."""
     rise = (step + 1) / max(1, recipe.warmup)
-    fall = (recipe.steps - step) / max(1, recipe.steps // 5)
+    fall = (recipe.steps - step) / max(1, recipe.steps // 2)
     return recipe.optimizer.lr * min(rise, 1.0, fall)
 
 

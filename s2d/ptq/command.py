@@ -37,7 +37,6 @@ import os
 import platform
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -53,6 +52,7 @@ from torch import Tensor, nn
 
 import s2d
 from s2d import ptq
+from s2d.files import can_write, write_text
 from s2d.ptq.checkpoint import DESCRIPTION, check_folder, quantized_size, save_quantized
 from s2d.ptq.quantizers import check_bits
 from s2d.ptq.sites import sites
@@ -634,17 +634,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         _need("safetensors.torch", "--save")
         check_folder(args.save, overwrite=args.overwrite)
     for option, path in (("--json", args.json), ("--save", args.save)):
-        if path is not None and not _can_write(path, file=option == "--json"):
+        if path is not None and not can_write(path, folder=option == "--save"):
             raise ValueError(f"{option} {path} cannot be written: give one in a folder that exists and takes files")
-
-
-def _can_write(path: Path, *, file: bool) -> bool:
-    """Whether a file (or folder) can be made at a path, found out by making one beside it."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.absolute().parent):
-            return not (file and path.is_dir())
-    except OSError:
-        return False
 
 
 def _method_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -825,15 +816,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
-def _write_json(result: dict[str, Any], file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(result, indent=1, default=repr) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM as KeyboardInterrupt, like SIGINT, so that nothing half-written stays."""
@@ -869,7 +851,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = _run(args)
             print(table(result))
             if args.json is not None:
-                _write_json(result, args.json)
+                write_text(args.json, json.dumps(result, indent=1, default=repr) + "\n")
             return 0
     except ValueError as error:
         _say(f"error: {error}")
