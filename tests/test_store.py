@@ -473,7 +473,9 @@ def line(old: str, new: str, of: Recipe = TINY) -> Line:
 
 def test_an_entry_made_by_other_code_needs_a_chain_in_the_ledger(entry: Path, book: Path, monkeypatch) -> None:
     rewritten(entry, code=[[kind(TINY), "a" * 16]])
-    refusal = f"{entry.name}: its pretraining .* other code .{'a' * 16}; today's is {code_hash(TINY)}.*make replay AGAINST"
+    refusal = (
+        f"{entry.name}: its pretraining .* other code .{'a' * 16}; today's is {code_hash(TINY)}.*make replay AGAINST"
+    )
     with pytest.raises(ValueError, match=refusal):
         find(TINY)
     ledger.append_lines([line("a" * 16, "b" * 16), line(code_hash(TINY), "b" * 16, SGD)])

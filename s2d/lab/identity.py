@@ -107,8 +107,9 @@ def rebuild(description: Any, classes: Mapping[str, type]) -> Any:
 def components(recipe: Any) -> set[str]:
     """What a recipe and everything it starts from use, by the names that :data:`VERSIONS` may have.
 
-    They are ``"loop"``, the class names, ``"s2d"``, and a setting of S2D that names a mode, such as ``"s2d
-    coupling=decoupled"``: the narrower the name that is raised, the fewer entries are trained again.
+    They are ``"loop"``, the class names, ``"s2d"``, and the settings that select which code runs, such as ``"s2d
+    coupling=decoupled"`` or ``"Optimizer name=sgd"``: the narrower the name that is raised, the fewer entries are
+    trained again.
 
     Example:
         >>> from s2d.lab.recipes import finetuning
@@ -119,11 +120,12 @@ def components(recipe: Any) -> set[str]:
 
     def visit(value: Any) -> None:
         if is_dataclass(value):
-            found.add(type(value).__name__)
-            for f in fields(value):
-                visit(getattr(value, f.name))
+            name, parts = type(value).__name__, {f.name: getattr(value, f.name) for f in fields(value)}
+            found.update({name}, (f"{name} {field}={part}" for field, part in parts.items() if isinstance(part, str)))
+            for part in parts.values():
+                visit(part)
         elif isinstance(value, Mapping):  # the only one in a recipe is S2D's
-            found.update({"s2d"}, (f"s2d {name}={mode}" for name, mode in value.items() if isinstance(mode, str)))
+            found.update({"s2d"}, (f"s2d {name}={mode}" for name, mode in value.items() if name not in CONTINUOUS))
 
     visit(recipe)
     return found
