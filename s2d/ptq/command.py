@@ -650,7 +650,7 @@ def _method_options(args: argparse.Namespace) -> dict[str, Any]:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[name] = value  # a word needs no quotes
-    ptq._check_options(args.method, options)
+    ptq.check_options(args.method, options)
     if "seed" in inspect.signature(ptq.METHODS[args.method]).parameters:
         options.setdefault("seed", args.seed)
     return options
