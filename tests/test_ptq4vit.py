@@ -217,6 +217,20 @@ def test_base_ptq_is_plain_loops_with_plain_errors_and_uniform_grids(bits: int) 
 
 
 @pytest.mark.parametrize("method", [ptq4vit, base_ptq])
+def test_rounding_decides_nothing(method) -> None:
+    """A change of the images by rounding, as another kernel makes it in every sum, changes no scale by more."""
+    for seed in range(6):
+        model, images = transformer(seed), data(3, 4, 2 * TOKENS + 1, seed=seed)
+        noise = 1 + 1e-14 * data(*images.shape, seed=seed + 1)
+        plain, moved = (quantized(model, x, method, 3, rows=None) for x in (images, images * noise))
+        for name, site in sites(plain).items():
+            for kind, quantizer in site.quantizers().items():
+                other = getattr(sites(moved)[name], kind)
+                for key, grid in quantizer.state_dict().items():
+                    torch.testing.assert_close(other.state_dict()[key], grid, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("method", [ptq4vit, base_ptq])
 def test_a_grouped_convolution_has_the_best_scale_of_every_channel(method) -> None:
     model = transformer(1)
     found, (images, w, g) = quantized(model, IMAGES, method, rows=None), by_hand(model, IMAGES)["patches"]
