@@ -22,6 +22,7 @@ ABLATION_SEEDS = EVIDENCE_SEEDS[:5]
 INTERVENTION_SEEDS = EVIDENCE_SEEDS[:5]
 PRETRAIN_STEPS = {"adamw": 3000, "sgd": 5000}
 GROWTH_STEPS = (750, 1500, 3000)  # the same recipe at 1, 2 and 4 times the steps
+INTERVENTION_STEPS = GROWTH_STEPS[1]  # half of the pretraining: there are eight optimizers and five seeds
 WIDE = 128  # one channel alone can give w channels an excess kurtosis of w - 3: more than 100 needs more than 103
 FINETUNE_STEPS = 600
 
@@ -125,7 +126,7 @@ def intervention(name: str, seed: int, *, steps: int | None = None, **size) -> R
     Args:
         name: a key of ``INTERVENTIONS``.
         seed: initial weights and training stream, the same for every optimizer.
-        steps: optimizer steps; by default AdamW's, and SGD's own for SGD.
+        steps: optimizer steps; by default ``INTERVENTION_STEPS``, and SGD's own for SGD.
         **size: canvas, width, depth, device of :func:`pretraining`.
 
     Raises:
@@ -137,7 +138,9 @@ def intervention(name: str, seed: int, *, steps: int | None = None, **size) -> R
     """
     if name not in INTERVENTIONS:
         raise ValueError(f"unknown intervention {name!r}: choose one of {', '.join(INTERVENTIONS)}")
-    base = pretraining("sgd" if name == "SGD" else "adamw", seed, steps=steps, **size)
+    if name == "SGD":
+        return pretraining("sgd", seed, steps=steps, **size)
+    base = pretraining("adamw", seed, steps=INTERVENTION_STEPS if steps is None else steps, **size)
     return replace(base, optimizer=INTERVENTIONS[name])
 
 
