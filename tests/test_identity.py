@@ -195,7 +195,7 @@ def test_recipes_of_one_kind_differ_in_numbers_only() -> None:
 
 
 def test_the_code_of_a_recipe_comes_from_its_imports() -> None:
-    loop = {f"s2d.lab.{name}" for name in ("data", "files", "models", "training")} | {"s2d.outliers"}
+    loop = {f"s2d.lab.{name}" for name in ("data", "files", "models", "training")} | {"s2d.files", "s2d.outliers"}
     assert code_modules(TINY) == code_modules(SGD) == code_modules(FINETUNE) == loop
     assert code_modules(replace(TINY, optimizer=Orthogonal())) >= loop | {"s2d.lab.optimizers"}
     assert code_modules(S2D) >= loop | {"s2d.regularizer", "s2d.pcdr", "s2d.spectral", "s2d.layers", "s2d.watch"}
