@@ -175,12 +175,17 @@ def residual_streams(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         handles.append(
             block.register_forward_hook(lambda _m, _a, output, name=name: kept.update({f"blocks.{name}": output}))
         )
+    _run_hooked(model, images, handles)
+    return kept
+
+
+def _run_hooked(model: nn.Module, images: Tensor, handles: Iterable[RemovableHandle]) -> None:
+    """Call the model once, and remove the hooks whatever happens."""
     try:
         model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return kept
 
 
 def largest_channel(stream: Tensor) -> int:
@@ -325,11 +330,7 @@ def _additions(model: nn.Module, images: Tensor, embedding: Tensor) -> dict[str,
         writer.register_forward_hook(lambda m, _a, output, name=name: added.update({name: (output, m.bias)}))
         for name, writer in writers.items()
     ]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, images, handles)
     return added
 
 
@@ -357,11 +358,7 @@ def largest_input_norms(model: nn.Module, images: Tensor) -> dict[str, float]:
         )
         for name, linear in layers.items()
     ]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, images, handles)
     return {name: norms[name] for name in layers}
 
 
