@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints, each, layer_statistics
 from s2d.lab.optimizers import LessAdaptive
