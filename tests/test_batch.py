@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [path.stem for path in sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))]
+RULES = [name.partition("_")[2] for name in NOTEBOOKS]
 
 
 def plan(tmp_path: Path, *config: str) -> subprocess.CompletedProcess:
@@ -100,7 +101,15 @@ def snakemake(folder: Path, *arguments: str) -> str:
         ("notebooks/params/laptop/06_ablations.yaml", {"ablations", "figures"}),
         ("notebooks/08_figures.ipynb", {"figures"}),
         ("s2d/lab/staleness.py", {"ablations", "figures"}),
+        ("s2d/lab/origins.py", {"origin_evidence", "figures"}),
+        ("s2d/lab/frontier.py", {"frontier", "figures"}),
+        ("s2d/lab/claims.py", {"figures"}),
+        ("s2d/lab/figures/style.py", {"figures"}),
+        ("s2d/lab/figures/bound.py", {"figures"}),
+        ("s2d/lab/tuning.py", set()),
         ("data/laptop/tuning.csv", {"frontier", "figures"}),
+        ("data/paper/table07_ffn_statistics.csv", {"ablations", "figures"}),
+        ("s2d/lab/training.py", set(RULES)),
     ],
 )
 def test_a_change_reruns_what_depends_on_it_and_nothing_else(finished_batch, changed, rerun):

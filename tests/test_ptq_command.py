@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -423,19 +422,47 @@ def test_code_in_a_folder_is_never_run(folder: Path, capsys) -> None:
 # --- the process ---
 
 
-def test_an_interrupted_process_ends_with_130_and_leaves_nothing(folder: Path) -> None:
+# The command, but what is named stops half-way, says so, and waits for ever.
+STOPPING = """
+import sys, time
+from pathlib import Path
+import safetensors.torch
+from s2d import ptq
+from s2d.ptq import command
+
+def stop():
+    print("half-way", file=sys.stderr, flush=True)
+    while True:
+        time.sleep(1)
+
+def quantize(*args, **options):
+    stop()
+
+def write(tensors, path, *args, **options):
+    Path(path).write_bytes(b"half")
+    stop()
+
+place = sys.argv.pop(1)
+if place == "quantize":
+    ptq.METHODS["rtn"] = quantize
+else:
+    safetensors.torch.save_file = write
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("place", ["quantize", "save"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_ends_with_130_and_leaves_nothing(folder: Path, place: str, number: int) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "s2d.ptq"]
-    arguments = [*start, ARCH, "--calibration", "random", "--test", "random", "--images", "512", "--save", "saved"]
+    before = sorted(folder.iterdir())
+    arguments = [sys.executable, "-c", STOPPING, place, *FILE, "--method", "rtn", "--save", "saved"]
     with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if line.startswith("quantize ..."):
-                break
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        assert any(line == "half-way\n" for line in process.stderr), "it ended before it got there"
+        process.send_signal(number)
         assert process.stderr.read().splitlines()[-1] == "interrupted"
-        assert process.wait(30) == 130
-    assert not (folder / "saved").exists()
+        assert process.wait(600) == 130
+    assert sorted(folder.iterdir()) == before
 
 
 def test_failures_that_are_not_the_callers(folder: Path, capsys, monkeypatch) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import site_inputs
+from s2d.ptq.calibrate import Shared, site_inputs
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
     Quantizer,
@@ -42,6 +42,7 @@ def erq(
     w_bits: int,
     a_bits: int,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
     softmax: str = "auto",
     ridge: float = 0.1,
     aqer: bool = True,
@@ -69,6 +70,7 @@ def erq(
         w_bits, a_bits: see :func:`s2d.ptq.quantize`. With inputs in floating point there is no activation error; with
             weights in floating point, Aqer alone is left.
         progress: called with a line of text for each site.
+        shared: keeps what the sites see for other copies of the model.
         softmax: as in :func:`s2d.ptq.repq_vit.repq_vit`.
         ridge: lambda over the mean square of the inputs, above zero; for Aqer, the least of those tried.
         aqer, wqer, refine: whether to reduce the activation error and the weight error, and to refine the rounding.
@@ -87,7 +89,7 @@ def erq(
     """
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge is {ridge!r}: give a number above zero, such as 0.1")
-    calibrate_activations(model, batches, a_bits, softmax=softmax, percentiles=PERCENTILES, progress=progress)
+    calibrate_activations(model, batches, a_bits, softmax=softmax, progress=progress, shared=shared)
     layers = quantized_layers(model).values()
     linear = [site for site in layers if not isinstance(site, CONVOLUTIONS)]
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import Seen, site_inputs
+from s2d.ptq.calibrate import Seen, Shared, site_inputs
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, Quantizer, fake_quantize
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedProduct, Site, quantized_layers, sites
 from s2d.ptq.trace import tensors_of
@@ -44,6 +44,7 @@ def ptq4vit(
     w_bits: int,
     a_bits: int,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
     weights: str = "per_tensor",
     likelihood: str = "gaussian",
     rows: int | None = 2048,
@@ -73,6 +74,7 @@ def ptq4vit(
         batches: calibration data (:func:`s2d.ptq.calibrate.split_batches`); 32 images as published.
         w_bits, a_bits: see :func:`s2d.ptq.quantize`.
         progress: called with a line of text for each site.
+        shared: keeps what the sites see for other copies of the model.
         weights: ``"per_tensor"`` as published (one scale each for q, k and v of a packed projection, and one for each
             output channel of a convolution), or ``"per_channel"``.
         likelihood: ``"gaussian"``, or ``"categorical"`` for labels sampled from logits (see :func:`label_loss`).
@@ -89,7 +91,8 @@ def ptq4vit(
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood is {likelihood!r}: choose one of {', '.join(LIKELIHOODS)}")
     search = Search(w_bits, a_bits, weights, rows, twin=True)
-    _search_all(model, batches, search, _sampled(likelihood, seed), progress)
+    loss, name = _sampled(likelihood, seed), ("inputs", likelihood, seed)
+    _search_all(model, batches, search, progress, shared=shared, loss=loss, name=name)
 
 
 def base_ptq(
@@ -99,6 +102,7 @@ def base_ptq(
     w_bits: int,
     a_bits: int,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
     weights: str = "per_tensor",
     rows: int | None = 2048,
 ) -> None:
@@ -107,7 +111,7 @@ def base_ptq(
     The score is the mean squared error of the site's output (the public implementation offers the cosine as well).
 
     Args:
-        model, batches, w_bits, a_bits, progress, weights, rows: see :func:`ptq4vit`.
+        model, batches, w_bits, a_bits, progress, shared, weights, rows: see :func:`ptq4vit`.
 
     Raises:
         ValueError: as :func:`ptq4vit`.
@@ -115,7 +119,7 @@ def base_ptq(
     Paper: none; the ablation of PTQ4ViT.
     """
     _check_options(weights, rows)
-    _search_all(model, batches, Search(w_bits, a_bits, weights, rows, twin=False), None, progress)
+    _search_all(model, batches, Search(w_bits, a_bits, weights, rows, twin=False), progress, shared=shared)
 
 
 def _check_options(weights: str, rows: int | None) -> None:
@@ -579,11 +583,12 @@ def _search_all(
     model: nn.Module,
     batches: list[Any],
     search: Search,
-    loss: Callable[[Any, int], Tensor] | None,
     progress: Callable[[str], None] | None,
+    **collecting: Any,
 ) -> None:
+    """Search every site; ``collecting`` says how :func:`s2d.ptq.calibrate.site_inputs` sees them."""
     concerned = [site for site in sites(model).values() if search.concerns(site)]
-    for seen in site_inputs(model, batches, concerned, loss=loss, progress=progress):
+    for seen in site_inputs(model, batches, concerned, progress=progress, **collecting):
         search(seen)
     for site in quantized_layers(model).values():  # only now: the search needs the floating-point model
         site.freeze_weight()

@@ -59,12 +59,26 @@ def check_quantizer_bits(n_bits: int) -> int:
     return n_bits
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, which its extremes show many times faster than every entry.
+
+    Example:
+        >>> all_finite(torch.tensor([1.0, torch.nan])), all_finite(torch.tensor([1.0, 2.0]))
+        (False, True)
+
+    Paper: none.
+    """
+    if x.numel() == 0 or not x.is_floating_point():
+        return bool(torch.isfinite(x).all())
+    return bool(torch.isfinite(x.amin()) & torch.isfinite(x.amax()))
+
+
 def check_observed(x: Tensor) -> Tensor:
     """Calibration data, detached; ValueError when it is empty or not finite."""
     x = x.detach()
     if x.numel() == 0:
         raise ValueError("calibration data is empty: give at least one image")
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise ValueError("calibration data holds NaN or infinity: check the images and the model's forward pass")
     return x
 

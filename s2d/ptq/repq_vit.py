@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import Seen, site_inputs, visit_sites
+from s2d.ptq.calibrate import Seen, Shared, site_inputs, visit_sites
 from s2d.ptq.log_sqrt2 import LogSqrt2Quantizer
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, Quantizer, best_percentile_range, chunk_elements
 from s2d.ptq.reparameterize import can_shift, rescale_norm, scalable_groups
@@ -32,6 +32,7 @@ def repq_vit(
     w_bits: int,
     a_bits: int,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
     softmax: str = "auto",
     percentiles: Sequence[float] = PERCENTILES,
 ) -> None:
@@ -51,6 +52,7 @@ def repq_vit(
         batches: calibration data (:func:`s2d.ptq.calibrate.split_batches`).
         w_bits, a_bits: see :func:`s2d.ptq.quantize`.
         progress: called with a line of text for each site.
+        shared: keeps what the sites see for other copies of the model.
         softmax: the grid of the attention probabilities: ``"log_sqrt2"``, ``"uniform"``, or ``"auto"``, whichever
             gives the smaller squared error of probabilities times values on the calibration data.
         percentiles: the p to choose from.
@@ -61,7 +63,9 @@ def repq_vit(
 
     Paper: Tables 6 and 8 (RepQ-ViT).
     """
-    calibrate_activations(model, batches, a_bits, softmax=softmax, percentiles=percentiles, progress=progress)
+    calibrate_activations(
+        model, batches, a_bits, softmax=softmax, percentiles=percentiles, progress=progress, shared=shared
+    )
     if w_bits not in SWITCHED_OFF:
         for site in quantized_layers(model).values():
             site.weight_quantizer = row_quantizer(site.weight, w_bits, percentiles)
@@ -87,6 +91,7 @@ def calibrate_activations(
     softmax: str = "auto",
     percentiles: Sequence[float] = PERCENTILES,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
 ) -> None:
     """Set the quantizers of all activations as :func:`repq_vit` does, and reparameterize the norms; arguments as there.
 
@@ -100,7 +105,7 @@ def calibrate_activations(
     followers = {layer.name for layers in groups.values() for layer in layers[1:]}
     linear = [site for site in quantized_layers(model).values() if not isinstance(site, CONVOLUTIONS)]
     chosen = [site for site in linear if site.name not in followers] + list(products(model).values())
-    for seen in site_inputs(model, batches, chosen, progress=progress):
+    for seen in site_inputs(model, batches, chosen, progress=progress, shared=shared):
         if isinstance(seen.site, QuantizedProduct):
             _calibrate_product(seen, a_bits, softmax, percentiles)
             continue
