@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 import s2d
-from s2d.lab import dependencies, results
 from s2d.files import write_atomically, write_text
+from s2d.lab import dependencies, results
 from s2d.lab.results import load_table, provenance, save_table, table_digests
 
 SOURCE = {"notebook": "01_test", "parameters": {"seed": 0}}
