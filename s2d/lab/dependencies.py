@@ -40,7 +40,11 @@ def code_only(path: Path) -> str:
         >>> code_only(PACKAGE / "lab" / "dependencies.py").splitlines()[0]
         'from __future__ import annotations'
     """
-    source = Path(path).read_text(encoding="utf-8")
+    return _code(Path(path).read_text(encoding="utf-8"))
+
+
+@cache
+def _code(source: str) -> str:
     lines, text = source.splitlines(), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         (first, column), (last, _) = token.start, token.end
