@@ -14,7 +14,6 @@ import pytest
 
 import s2d
 from s2d.lab import dependencies, results
-from s2d.lab.files import write_atomically, write_text
 from s2d.lab.results import load_table, provenance, save_table, table_digests
 
 SOURCE = {"notebook": "01_test", "parameters": {"seed": 0}}
@@ -245,33 +244,6 @@ def test_a_notebook_that_is_not_there_has_no_provenance(package: Path) -> None:
 
 
 # --- writing ---
-
-
-@pytest.mark.parametrize("content", ["", "one\ntwo\n", "ü\r\n"])
-def test_text_is_written_as_it_is(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "text.md"
-    write_text(path, content)
-    assert path.read_bytes() == content.encode()
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    path.write_text("old")
-    seen: list[Path] = []
-
-    def write(temporary: Path) -> None:
-        seen.append(temporary)
-        temporary.write_text("half of the n")
-        assert path.read_text() == "old"  # readers meanwhile see the old file
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path] and not seen[0].exists()
-    write_atomically(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new"
 
 
 def test_a_table_that_cannot_be_written_leaves_both_old_files(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

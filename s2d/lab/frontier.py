@@ -203,7 +203,7 @@ class _SiteErrors:
     def __call__(self, variant: str, trained: Trained) -> list[dict[str, Any]]:
         subject = Subject(variant, trained, "test", self.images)
         calibration, _ = trained.recipe.data.fixed_set("calibration", CALIBRATION_IMAGES)
-        model = subject.quantized(32, self.a_bits, calibration, method="rtn")
+        (model,) = subject.quantized([{"w_bits": 32, "a_bits": self.a_bits}], calibration)
         rows = []
         for kind in SITE_KINDS:
             set_mode(model, "float")

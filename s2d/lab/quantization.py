@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from s2d.lab import parallel
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints, each
 from s2d.lab.store import Trained
-from s2d.ptq import parse_bits, quantize
+from s2d.ptq import parse_bits, quantize_each
 from s2d.ptq.calibrate import visit_sites
 from s2d.ptq.int8 import Int8Session, export_int8, without_product_quantizers
 from s2d.ptq.rotation import rotation_flops
@@ -96,12 +94,17 @@ def _rtn_rows(
 ) -> list[dict]:
     subject = Subject(variant, trained, split, images)
     calibration, _ = trained.recipe.data.fixed_set("calibration", calibrated)
-    rows = []
-    for grid in grids:
-        for name, (w_bits, a_bits) in widths.items():
-            result = subject.measure(w_bits, a_bits, calibration, method="rtn", symmetric=grid == "symmetric")
-            rows.append(subject.row | {"method": "rtn", "grid": grid, "bits": name} | result)
-    return rows
+    cells = [(grid, name) for grid in grids for name in widths]
+    settings = [setting(widths[name], symmetric=grid == "symmetric") for grid, name in cells]
+    return [
+        subject.row | {"method": "rtn", "grid": grid, "bits": name} | result
+        for (grid, name), result in zip(cells, subject.measured(settings, calibration), strict=True)
+    ]
+
+
+def setting(bits: tuple[int, int], **options: Any) -> dict[str, Any]:
+    """What :func:`s2d.ptq.quantize_each` makes one copy from."""
+    return {"w_bits": bits[0], "a_bits": bits[1]} | options
 
 
 class Subject:
@@ -113,17 +116,20 @@ class Subject:
         self.full = logits_of(self.model, self.x)
         self.row = {"variant": variant, "seed": trained.seed, "split": split, "images": len(self.x)}
 
-    def measure(self, w_bits: int, a_bits: int, calibration: Tensor, **options) -> dict[str, float]:
-        """Accuracy and logit error after quantizing; of the model itself where both sides are switched off."""
-        logits = self.full
-        if min(w_bits, a_bits) <= 8:
-            logits = logits_of(self.quantized(w_bits, a_bits, calibration, **options), self.x)
-        return self.compared(logits)
+    def measured(self, settings: Sequence[dict[str, Any]], calibration: Tensor) -> Iterator[dict[str, float]]:
+        """Accuracy and logit error under each setting; of the model itself where both sides are switched off."""
+        rounds = [min(setting["w_bits"], setting["a_bits"]) <= 8 for setting in settings]
+        models = self.quantized(list(compress(settings, rounds)), calibration) if any(rounds) else iter(())
+        for rounded in rounds:
+            yield self.compared(logits_of(next(models), self.x) if rounded else self.full)
 
-    def quantized(self, w_bits: int, a_bits: int, calibration: Tensor, **options) -> nn.Module:
+    def quantized(
+        self, settings: Sequence[dict[str, Any]], calibration: Tensor, transforms: Sequence[str] = ()
+    ) -> Iterator[nn.Module]:
+        """A quantized copy for each setting."""
         # One batch: the calibration set is small, and so is the model.
-        options |= {"calibration": calibration, "batch_size": len(calibration)}
-        return quantize(self.model, w_bits=w_bits, a_bits=a_bits, **options)
+        options = {"calibration": calibration, "batch_size": len(calibration), "transforms": transforms}
+        return quantize_each(self.model, settings, **options)
 
     def compared(self, logits: Tensor) -> dict[str, float]:
         accuracy = (logits.argmax(-1) == self.y).double().mean().item()
@@ -166,20 +172,12 @@ def _method_rows(
 ) -> list[dict]:
     subject = Subject(variant, trained, split, images)
     rows = [subject.row | {"method": "FP", "bits": "FP", "calibration_set": 0} | subject.compared(subject.full)]
-    for method, row, options in _settings(trained, {name: METHODS[name] for name in methods}, widths, sets):
-        rows.append(subject.row | {"method": method} | row | subject.measure(**options))
-    return rows
-
-
-def _settings(
-    trained: Trained, named: Mapping[str, Mapping[str, Any]], widths: Mapping[str, tuple[int, int]], sets: int
-) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Each name, bit width and calibration set: the name, columns of the row, arguments of ``quantize``."""
+    cells = [(method, bits) for method in methods for bits in widths]
+    settings = [setting(widths[bits], **METHODS[method]) for method, bits in cells]
     for index, calibration in enumerate(_calibration_sets(trained, sets)):
-        for name, options in named.items():
-            for bits, (w_bits, a_bits) in widths.items():
-                arguments = {"w_bits": w_bits, "a_bits": a_bits, "calibration": calibration} | dict(options)
-                yield name, {"bits": bits, "calibration_set": index}, arguments
+        for (method, bits), result in zip(cells, subject.measured(settings, calibration), strict=True):
+            rows.append(subject.row | {"method": method, "bits": bits, "calibration_set": index} | result)
+    return rows
 
 
 def _calibration_sets(trained: Trained, sets: int) -> list[Tensor]:
@@ -221,11 +219,14 @@ def _conditioning_rows(
 ) -> list[dict]:
     subject = Subject(variant, trained, "test", images)
     rows = []
-    for name, row, options in _settings(trained, {n: {"transforms": CONDITIONING[n]} for n in names}, widths, sets):
-        model = subject.quantized(**options)
-        result = subject.compared(logits_of(model, subject.x))
-        result["online_operations"] = online_operations(model, options["calibration"][:1])
-        rows.append(subject.row | {"conditioning": name} | row | result)
+    settings = [setting(bits) for bits in widths.values()]
+    for index, calibration in enumerate(_calibration_sets(trained, sets)):
+        for name in names:
+            models = subject.quantized(settings, calibration, CONDITIONING[name])
+            for bits, model in zip(widths, models, strict=True):
+                result = subject.compared(logits_of(model, subject.x))
+                result["online_operations"] = online_operations(model, calibration[:1])
+                rows.append(subject.row | {"conditioning": name, "bits": bits, "calibration_set": index} | result)
     return rows
 
 
@@ -279,10 +280,10 @@ def _qat_rows(variant: str, pair: tuple[Trained, Trained], *, bits: str, images:
     before, after = pair
     subject = Subject(variant, before, "test", images)
     calibration, _ = before.recipe.data.fixed_set("calibration", CALIBRATION_IMAGES)
-    w_bits, a_bits = parse_bits(bits)
+    (rounded,) = subject.measured([setting(parse_bits(bits))], calibration)
     results = {
         "FP": ("FP", subject.compared(subject.full)),
-        "PTQ": (bits, subject.measure(w_bits, a_bits, calibration, method="rtn")),
+        "PTQ": (bits, rounded),
         "QAT": (bits, subject.compared(logits_of(after.model(), subject.x))),
     }
     return [
@@ -307,7 +308,8 @@ def int8_table(checkpoints: Checkpoints, *, images: int = TEST_IMAGES) -> pd.Dat
     for variant, trained in each(checkpoints):
         subject = Subject(variant, trained, "test", images)
         calibration, _ = trained.recipe.data.fixed_set("calibration", CALIBRATION_IMAGES)
-        model = without_product_quantizers(subject.quantized(8, 8, calibration))
+        (quantized,) = subject.quantized([setting((8, 8))], calibration)
+        model = without_product_quantizers(quantized)
         simulated = logits_of(model, subject.x)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
@@ -334,18 +336,11 @@ def _check_known(names: Sequence[str], known: Mapping[str, Any], what: str) -> N
 
 
 def over_checkpoints(work: Callable[[str, Any], list[dict]], checkpoints: Mapping[str, Sequence]) -> pd.DataFrame:
-    """The rows of every checkpoint, in order; ``$S2D_WORKERS`` processes of one thread each share them."""
-    from tqdm import tqdm
-
+    """The rows of every checkpoint, in order; the worker processes of :mod:`s2d.lab.parallel` share them."""
     pairs = list(each(checkpoints))
-    workers = min(int(os.environ.get("S2D_WORKERS") or os.cpu_count() or 1), len(pairs))
-    bar = partial(tqdm, total=len(pairs), unit="checkpoint", file=sys.stderr, mininterval=5)
+    workers = min(parallel.worker_count(), len(pairs))
     if workers < 2:
-        found = [work(*pair) for pair in bar(pairs)]
+        found = [work(*pair) for pair in pairs]
     else:
-        # The server imports once (7 s of timm) and lives as long as this process: a second table starts at once.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["s2d.lab.quantization", "timm.models.vision_transformer"])
-        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = list(bar(pool.map(work, *zip(*pairs, strict=True))))
+        found = parallel.run(work, pairs, names=[name for name, _ in pairs], workers=workers, unit="checkpoint")
     return pd.DataFrame([row for rows in found for row in rows])

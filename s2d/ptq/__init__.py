@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from s2d.ptq.calibrate import split_batches
+from s2d.ptq.calibrate import Shared, split_batches
 from s2d.ptq.erq import erq
 from s2d.ptq.prepare import coverage, device_of, prepare
 from s2d.ptq.ptq4vit import base_ptq, ptq4vit
@@ -30,7 +31,8 @@ METHODS: dict[str, Callable] = {
     "repq_vit": repq_vit,
     "erq": erq,
 }
-"""Each ``method(model, batches, *, w_bits, a_bits, progress, **options)`` quantizes a prepared model in place."""
+"""Each ``method(model, batches, *, w_bits, a_bits, progress, shared, **options)`` quantizes a prepared model in place;
+``shared`` (a :class:`s2d.ptq.calibrate.Shared`) keeps for other copies of it what does not depend on the bits."""
 
 TRANSFORMS: dict[str, Callable] = {
     "smooth": smooth,
@@ -39,7 +41,7 @@ TRANSFORMS: dict[str, Callable] = {
 }
 """Each ``transform(model, batches, **options)`` changes a prepared model in place, its function not at all."""
 
-__all__ = ["METHODS", "TRANSFORMS", "coverage", "parse_bits", "quantize"]
+__all__ = ["METHODS", "TRANSFORMS", "coverage", "parse_bits", "quantize", "quantize_each"]
 
 
 def quantize(
@@ -91,33 +93,100 @@ def quantize(
 
     Paper: Tables 6 to 11 evaluate quantized checkpoints.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    check_bits(w_bits, "w_bits")
-    check_bits(a_bits, "a_bits")
-    _check_options(method, options)
+    setting = {"method": method, "w_bits": w_bits, "a_bits": a_bits} | options
+    (quantized,) = quantize_each(
+        model,
+        [setting],
+        calibration=calibration,
+        transforms=transforms,
+        exclude=exclude,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return quantized
+
+
+def quantize_each(
+    model: nn.Module,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    calibration: Any,
+    transforms: str | Sequence[str | Callable] = (),
+    exclude: str | Sequence[str] = (),
+    batch_size: int = 32,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[nn.Module]:
+    """One quantized copy for each of several settings, the same as from :func:`quantize` one by one, at a lower cost.
+
+    The model is taken apart once, transforms are applied once, and what does not depend on the bit width (ranges, the
+    inputs and gradients of every site) is observed once.
+
+    Args:
+        model, calibration, transforms, exclude, batch_size, progress: see :func:`quantize`.
+        settings: ``method`` (by default ``"rtn"``), ``w_bits``, ``a_bits`` and the method's options, one mapping a
+            copy.
+
+    Returns:
+        The copies in order, each made when it is asked for.
+
+    Raises:
+        ValueError: see :func:`quantize`; for unknown methods, options and bits, before anything is computed.
+
+    Example:
+        >>> import torch
+        >>> model, x = nn.Linear(4, 2), torch.randn(32, 4)
+        >>> settings = [{"w_bits": bits, "a_bits": bits} for bits in (8, 2)]
+        >>> [int(copy.weight_codes().max()) <= 3 for copy in quantize_each(model, settings, calibration=x)]
+        [False, True]
+
+    Paper: Tables 6 to 11 evaluate one checkpoint at several bit widths.
+    """
+    described = [_described(**setting) for setting in settings]
     transforms = [transforms] if isinstance(transforms, str) else transforms
     applied = [_transform(transform) for transform in transforms]
     # Callers are often in inference mode, where nothing made has a gradient later.
     with torch.inference_mode(False), torch.no_grad():
         batches = split_batches(calibration, batch_size, device_of(model))
-        quantized = prepare(model, batches, exclude=exclude)
+        prepared = prepare(model, batches, exclude=exclude)
         for transform in applied:
-            transform(quantized, batches)
-        METHODS[method](quantized, batches, w_bits=w_bits, a_bits=a_bits, progress=progress, **options)
-    set_mode(quantized, "quantized")
+            transform(prepared, batches)
     names = [
         transform if isinstance(transform, str) else getattr(transform, "__name__", str(transform))
         for transform in transforms
     ]
-    described = {"method": method, "w_bits": w_bits, "a_bits": a_bits, "options": options, "transforms": names}
-    quantized.__dict__["s2d_quantization"] = described
-    return quantized.eval()
+    return _copies(prepared, batches, [setting | {"transforms": names} for setting in described], progress)
 
 
-def _check_options(method: str, options: dict) -> None:
+def _copies(
+    prepared: nn.Module, batches: list[Any], settings: list[dict], progress: Callable[[str], None] | None
+) -> Iterator[nn.Module]:
+    # A single copy need not keep anything.
+    common = {"progress": progress, "shared": Shared() if len(settings) > 1 else None}
+    for left, setting in zip(reversed(range(len(settings))), settings, strict=True):
+        with torch.inference_mode(False), torch.no_grad():
+            quantized = copy.deepcopy(prepared) if left else prepared
+            bits = {name: setting[name] for name in ("w_bits", "a_bits")}
+            METHODS[setting["method"]](quantized, batches, **bits, **common, **setting["options"])
+        set_mode(quantized, "quantized")
+        quantized.__dict__["s2d_quantization"] = setting
+        yield quantized.eval()
+
+
+def _described(
+    *, method: str = "rtn", w_bits: int | None = None, a_bits: int | None = None, **options
+) -> dict[str, Any]:
+    """A setting that was checked, with the method's options apart."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    check_bits(w_bits, "w_bits")
+    check_bits(a_bits, "a_bits")
+    _check_options(method, options)
+    return {"method": method, "w_bits": w_bits, "a_bits": a_bits, "options": options}
+
+
+def _check_options(method: str, options: Mapping[str, Any]) -> None:
     known = [name for name, p in inspect.signature(METHODS[method]).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    known = [name for name in known if name not in ("w_bits", "a_bits", "progress")]
+    known = [name for name in known if name not in ("w_bits", "a_bits", "progress", "shared")]
     for name in options:
         if name not in known:
             raise ValueError(f"method {method!r} has no option {name!r}: it has {', '.join(known) or 'none'}")

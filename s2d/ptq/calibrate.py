@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from s2d.ptq.quantizers import all_finite
 from s2d.ptq.sites import Site, mode, sites
 from s2d.ptq.trace import call
 
@@ -52,7 +55,7 @@ def _checked(batch: Any, device: torch.device | None) -> Any:
     """A batch on its device, neither empty nor with NaN."""
     if min(_lengths(batch), default=0) == 0:
         raise ValueError("the calibration set is empty: give at least one image")
-    if not all(torch.isfinite(tensor).all() for tensor in _tensors(batch)):
+    if not all(all_finite(tensor) for tensor in _tensors(batch)):
         raise ValueError("the calibration set holds NaN or infinity: check the images")
     return _mapped(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
 
@@ -95,6 +98,27 @@ def first_items(batches: list[Any], count: int = 2) -> Any:
     return _slice(batches[0], lengths[0], 0, count) if len(lengths) == 1 else batches[0]
 
 
+class Shared:
+    """What several quantized copies of one model have in common: computed for the first, kept for the others.
+
+    Example:
+        >>> shared = Shared()
+        >>> shared.once("answer", lambda: 42), shared.once("answer", lambda: 43)
+        (42, 42)
+
+    Paper: none.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Any] = {}
+
+    def once(self, name: Hashable, compute: Callable[[], Any]) -> Any:
+        """The result of ``compute``, from the first call with this name."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
+
+
 @torch.no_grad()
 def visit_sites(
     model: nn.Module, batches: Iterable[Any], visit: Callable[[Site, tuple[Tensor, ...]], None], only: Iterable[Site]
@@ -129,7 +153,7 @@ def visit_sites(
 
 
 def _check_finite(site: Site, inputs: tuple[Tensor, ...]) -> None:
-    if not all(torch.isfinite(tensor).all() for tensor in inputs):
+    if not all(all_finite(tensor) for tensor in inputs):
         raise ValueError(f"{site.name}: its inputs hold NaN or infinity: check the images and the model's forward pass")
 
 
@@ -167,6 +191,8 @@ def site_inputs(
     loss: Callable[[Any, int], Tensor] | None = None,
     memory: float = 1 * GIB,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
+    name: Hashable = "inputs",
 ) -> Iterator[Seen]:
     """Everything each site sees in the floating-point model, some sites at a time.
 
@@ -180,6 +206,9 @@ def site_inputs(
         loss: ``loss(output, index of the batch)``, a scalar; with it, outputs and gradients are collected as well.
         memory: bytes.
         progress: called with a line of text for each site.
+        shared: keeps what a single pass collects, for other copies of the model as it is now; what takes several
+            passes is not kept.
+        name: what it is kept under, with the names of the sites; another one for another loss.
 
     Yields:
         One :class:`Seen` a site.
@@ -190,20 +219,32 @@ def site_inputs(
     Paper: none.
     """
     waiting = list(sites(model).values() if only is None else only)
-    sizes = _sizes(model, batches, waiting, with_output=loss is not None)
+    key = (name, *(site.name for site in waiting))
+    measure = partial(_sizes, model, batches, waiting, with_output=loss is not None)
+    sizes = measure() if shared is None else shared.once(("sizes", *key), measure)
+    groups = _groups(waiting, sizes, memory)
     done = 0
-    while waiting:
-        group, held = [waiting.pop(0)], 0.0
-        held = sizes[group[0].name]
-        while waiting and held + sizes[waiting[0].name] <= memory:
-            held += sizes[waiting[0].name]
-            group.append(waiting.pop(0))
-        found = _collect(model, batches, group, loss)
+    for group in groups:
+        collect = partial(_collect, model, batches, group, loss)
+        found = collect() if shared is None or len(groups) > 1 else dict(shared.once(key, collect))
         for site in group:
             done += 1
             if progress is not None:
                 progress(f"{site.name} ({done}/{len(sizes)})")
-            yield found.pop(site.name)
+            yield replace(found.pop(site.name), site=site)
+
+
+def _groups(waiting: list[Site], sizes: dict[str, float], memory: float) -> list[list[Site]]:
+    """The sites in order, as many at a time as fit into memory, at least one."""
+    groups: list[list[Site]] = []
+    held = math.inf
+    for site in waiting:
+        if held + sizes[site.name] > memory:
+            groups.append([])
+            held = 0.0
+        groups[-1].append(site)
+        held += sizes[site.name]
+    return groups
 
 
 def _sizes(model: nn.Module, batches: list[Any], only: list[Site], *, with_output: bool) -> dict[str, float]:

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import site_inputs
+from s2d.ptq.calibrate import Shared, site_inputs
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
     Quantizer,
     check_quantizer_bits,
     chunk_elements,
     fake_quantize,
+    first_least,
     round_to_grid,
     tail_quantiles,
 )
@@ -42,6 +43,7 @@ def erq(
     w_bits: int,
     a_bits: int,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
     softmax: str = "auto",
     ridge: float = 0.1,
     aqer: bool = True,
@@ -69,6 +71,7 @@ def erq(
         w_bits, a_bits: see :func:`s2d.ptq.quantize`. With inputs in floating point there is no activation error; with
             weights in floating point, Aqer alone is left.
         progress: called with a line of text for each site.
+        shared: keeps what the sites see for other copies of the model.
         softmax: as in :func:`s2d.ptq.repq_vit.repq_vit`.
         ridge: lambda over the mean square of the inputs, above zero; for Aqer, the least of those tried.
         aqer, wqer, refine: whether to reduce the activation error and the weight error, and to refine the rounding.
@@ -87,7 +90,7 @@ def erq(
     """
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge is {ridge!r}: give a number above zero, such as 0.1")
-    calibrate_activations(model, batches, a_bits, softmax=softmax, percentiles=PERCENTILES, progress=progress)
+    calibrate_activations(model, batches, a_bits, softmax=softmax, progress=progress, shared=shared)
     layers = quantized_layers(model).values()
     linear = [site for site in layers if not isinstance(site, CONVOLUTIONS)]
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then
@@ -386,7 +389,7 @@ def activation_correction(folds: list[Moments], total: Moments, ridge: float) ->
         for i, factor in enumerate(RIDGE_FACTORS):
             change = solve_upper(upper_factor(rest.gram, ridge * factor), rest.cross).T
             errors[i] += excess_error(change, test).sum()
-    best = int(errors.argmin())
+    best = int(first_least(errors))
     if not errors[best] < 0:
         return torch.zeros_like(total.cross.T)
     return solve_upper(upper_factor(total.gram, ridge * RIDGE_FACTORS[best]), total.cross).T

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import Seen, site_inputs, visit_sites
+from s2d.ptq.calibrate import Seen, Shared, site_inputs, visit_sites
 from s2d.ptq.log_sqrt2 import LogSqrt2Quantizer
-from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, Quantizer, best_percentile_range, chunk_elements
+from s2d.ptq.quantizers import (
+    SWITCHED_OFF,
+    AffineQuantizer,
+    Quantizer,
+    best_percentile_range,
+    chunk_elements,
+    first_least,
+)
 from s2d.ptq.reparameterize import can_shift, rescale_norm, scalable_groups
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedLinear, QuantizedProduct, Site, products, quantized_layers
 
@@ -32,6 +39,7 @@ def repq_vit(
     w_bits: int,
     a_bits: int,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
     softmax: str = "auto",
     percentiles: Sequence[float] = PERCENTILES,
 ) -> None:
@@ -51,6 +59,7 @@ def repq_vit(
         batches: calibration data (:func:`s2d.ptq.calibrate.split_batches`).
         w_bits, a_bits: see :func:`s2d.ptq.quantize`.
         progress: called with a line of text for each site.
+        shared: keeps what the sites see for other copies of the model.
         softmax: the grid of the attention probabilities: ``"log_sqrt2"``, ``"uniform"``, or ``"auto"``, whichever
             gives the smaller squared error of probabilities times values on the calibration data.
         percentiles: the p to choose from.
@@ -61,7 +70,9 @@ def repq_vit(
 
     Paper: Tables 6 and 8 (RepQ-ViT).
     """
-    calibrate_activations(model, batches, a_bits, softmax=softmax, percentiles=percentiles, progress=progress)
+    calibrate_activations(
+        model, batches, a_bits, softmax=softmax, percentiles=percentiles, progress=progress, shared=shared
+    )
     if w_bits not in SWITCHED_OFF:
         for site in quantized_layers(model).values():
             site.weight_quantizer = row_quantizer(site.weight, w_bits, percentiles)
@@ -87,6 +98,7 @@ def calibrate_activations(
     softmax: str = "auto",
     percentiles: Sequence[float] = PERCENTILES,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
 ) -> None:
     """Set the quantizers of all activations as :func:`repq_vit` does, and reparameterize the norms; arguments as there.
 
@@ -100,7 +112,7 @@ def calibrate_activations(
     followers = {layer.name for layers in groups.values() for layer in layers[1:]}
     linear = [site for site in quantized_layers(model).values() if not isinstance(site, CONVOLUTIONS)]
     chosen = [site for site in linear if site.name not in followers] + list(products(model).values())
-    for seen in site_inputs(model, batches, chosen, progress=progress):
+    for seen in site_inputs(model, batches, chosen, progress=progress, shared=shared):
         if isinstance(seen.site, QuantizedProduct):
             _calibrate_product(seen, a_bits, softmax, percentiles)
             continue
@@ -224,7 +236,7 @@ def _channel_grids(low: Tensor, high: Tensor, widening: float, q_max: int, shift
     # An end of the range that a zero point leaves no codes for makes the step infinite, unless that end is zero itself.
     ends = (-low.clamp(max=0) / zeros, high.clamp(min=0) / (q_max - zeros))
     steps = torch.maximum(*(end.nan_to_num(nan=0.0, posinf=torch.inf) for end in ends)) * widening
-    best = steps.square().sum(1).argmin()
+    best = first_least(steps.square().sum(1))
     return steps[best].clamp(min=NARROWEST * steps[best].mean()), zeros[best].expand_as(low)
 
 
@@ -250,7 +262,7 @@ def _best_widening(
             steps = test / step + zero if (step > 0).all() else torch.full_like(test, torch.inf)
             error = (steps.round().clamp_(0, q_max) - steps) * step
             errors[i] += (error.square().sum(0) * importance).sum()
-    best = int(errors.nan_to_num(nan=torch.inf).argmin())
+    best = int(first_least(errors.nan_to_num(nan=torch.inf)))
     return WIDENINGS[best - 1] if best > 0 else None
 
 
@@ -282,7 +294,7 @@ def _best(candidates: list[Quantizer], probabilities: Tensor, values: Tensor) ->
         for i, quantizer in enumerate(candidates):
             error = (quantizer(p) - p).float()
             errors[i] += (error if v is None else error @ v.float()).square().sum().cpu().double()
-    return candidates[int(errors.argmin())]
+    return candidates[int(first_least(errors))]
 
 
 def _chunks(left: Tensor, right: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

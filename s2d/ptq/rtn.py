@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import visit_sites
+from s2d.ptq.calibrate import Shared, visit_sites
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer
 from s2d.ptq.sites import CONVOLUTIONS, Site, products, quantized_layers
 
@@ -21,6 +22,7 @@ def rtn(
     w_bits: int,
     a_bits: int,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
     symmetric: bool = False,
     activations: str = "per_tensor",
 ) -> None:
@@ -31,6 +33,7 @@ def rtn(
         batches: calibration data (:func:`s2d.ptq.calibrate.split_batches`).
         w_bits, a_bits: see :func:`s2d.ptq.quantize`.
         progress: unused; one pass over the data is all there is.
+        shared: keeps the ranges of the inputs for other copies of the model.
         symmetric: grids without a zero point on both sides (attention probabilities, which are never negative, then
             have an unsigned one).
         activations: ``"per_tensor"`` (static) or ``"per_token"`` (inputs of Linear layers measured at run time, for
@@ -44,7 +47,7 @@ def rtn(
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
     if a_bits not in SWITCHED_OFF:
-        calibrate_inputs(model, batches, a_bits, symmetric=symmetric, activations=activations)
+        calibrate_inputs(model, batches, a_bits, symmetric=symmetric, activations=activations, shared=shared)
     if w_bits not in SWITCHED_OFF:
         round_weights(model, w_bits, symmetric=symmetric)
 
@@ -57,11 +60,13 @@ def calibrate_inputs(
     symmetric: bool = False,
     activations: str = "per_tensor",
     ranges: str = "minmax",
+    shared: Shared | None = None,
 ) -> None:
     """Put the inputs of every Linear layer and attention product on grids, in place.
 
     Args:
-        ranges: ``calibration`` of :class:`s2d.ptq.quantizers.AffineQuantizer`; the others as for :func:`rtn`.
+        ranges: ``calibration`` of :class:`s2d.ptq.quantizers.AffineQuantizer`; the others as for :func:`rtn`. All but
+            ``"minmax"`` look at the data again for each copy of the model.
     """
     for site in quantized_layers(model).values():
         if not isinstance(site, CONVOLUTIONS):
@@ -79,10 +84,41 @@ def calibrate_inputs(
         for quantizer, tensor in zip(site.input_quantizers(), inputs, strict=True):
             quantizer.observe(tensor)
 
-    visit_sites(model, batches, observe, chosen)
+    if ranges == "minmax":
+        shared = Shared() if shared is None else shared
+        seen = shared.once("extremes", lambda: extremes(model, batches, chosen))
+        for site in chosen:
+            observe(site, seen[site.name])
+    else:
+        visit_sites(model, batches, observe, chosen)
     for site in chosen:
         for quantizer in site.input_quantizers():
             quantizer.freeze()
+
+
+def extremes(model: nn.Module, batches: list[Any], only: list[Site]) -> dict[str, tuple[Tensor, ...]]:
+    """The least and the largest value of each input of some sites: the ends of a min-max grid of any bit width.
+
+    Args:
+        model: a prepared model.
+        batches: calibration data (:func:`s2d.ptq.calibrate.split_batches`).
+        only: the sites.
+
+    Returns:
+        Name of the site to a tensor ``(calls, 2)`` an input.
+
+    Raises:
+        ValueError: as :func:`s2d.ptq.calibrate.visit_sites`.
+
+    Paper: none.
+    """
+    calls: dict[str, list[list[Tensor]]] = {site.name: [] for site in only}
+
+    def observe(site: Site, inputs: tuple[Tensor, ...]) -> None:
+        calls[site.name].append([torch.stack((tensor.amin(), tensor.amax())) for tensor in inputs])
+
+    visit_sites(model, batches, observe, only)
+    return {name: tuple(map(torch.stack, zip(*found, strict=True))) for name, found in calls.items()}
 
 
 def round_weights(model: nn.Module, w_bits: int, *, symmetric: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import visit_sites
+from s2d.ptq.calibrate import Shared, visit_sites
 from s2d.ptq.reparameterize import rescale_norm, scalable_groups
 from s2d.ptq.rtn import rtn
 from s2d.ptq.sites import QuantizedLinear, Site
@@ -105,6 +105,7 @@ def smoothquant(
     w_bits: int,
     a_bits: int,
     progress: Callable[[str], None] | None = None,
+    shared: Shared | None = None,
     alpha: float = 0.5,
     symmetric: bool = False,
     activations: str = "per_tensor",
@@ -112,7 +113,7 @@ def smoothquant(
     """Quantize with SmoothQuant: :func:`smooth`, then round to nearest.
 
     Args:
-        model, batches, w_bits, a_bits, progress, symmetric, activations: see :func:`s2d.ptq.rtn.rtn`.
+        model, batches, w_bits, a_bits, progress, shared, symmetric, activations: see :func:`s2d.ptq.rtn.rtn`.
         alpha: see :func:`smooth`.
 
     Raises:
@@ -133,6 +134,7 @@ def smoothquant(
         w_bits=w_bits,
         a_bits=a_bits,
         progress=progress,
+        shared=None if shared is None else shared.once(("smoothed", alpha), Shared),
         symmetric=symmetric,
         activations=activations,
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from s2d.files import write_text
 from s2d.lab.dependencies import notebook_code, saved_tables
 from s2d.lab.figures.style import save_figure
-from s2d.lab.files import write_text
 from s2d.lab.paths import output_root, repository_root
 from s2d.lab.results import load_table
 

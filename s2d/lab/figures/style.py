@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from s2d.lab.files import write_atomically
+from s2d.files import write_atomically
 from s2d.lab.paths import output_root
 from s2d.lab.results import table_digests
 
