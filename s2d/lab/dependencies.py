@@ -46,7 +46,11 @@ def code_only(path: Path, *, read: Callable[[Path], str] = read_source) -> str:
         >>> code_only(PACKAGE / "lab" / "dependencies.py").splitlines()[0]
         'from __future__ import annotations'
     """
-    source = read(path)
+    return _code(read(path))
+
+
+@cache
+def _code(source: str) -> str:
     lines, text = source.splitlines(), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         (first, column), (last, _) = token.start, token.end
