@@ -54,12 +54,12 @@ _SPECTRAL: dict[str, dict[str, Any]] = {
     "S2D, live": _ALGORITHM_1 | {"coefficients": "live"},
     DECOUPLED: {"criterion": "all", "k_max": None, "power": 2, "coefficients": "live", "coupling": "decoupled"},
 }
-FINETUNE_LR = 2e-3
+FINETUNE_LR = 1e-3
 RECIPE_WEIGHT_DECAY = 0.01
 BATCH_SIZE = 32
 CLIP = 1.0
 # Not tuned: half of fine-tuning's learning rate, and steps enough for the loss to settle.
-QAT_LR = 1e-3
+QAT_LR = 5e-4
 QAT_STEPS = 400
 QAT_BITS = "W3A3"
 QAT_VARIANTS = ("AdamW", "S2D")
