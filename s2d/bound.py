@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from s2d.layers import CONVOLUTIONS, LinearMap, linear_maps, modules_sharing
-from s2d.spectral import _times_power_of_two, as_matrix
+from s2d.spectral import as_matrix, in_float64, times_power_of_two
 
 # Twice the unit roundoff of float64: the proof then holds for every rounding mode, not only for round to nearest.
 UNIT = 2.0**-52
@@ -105,15 +105,9 @@ def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormB
     if exponent is None:
         return SpectralNormBounds(0.0, 0.0)
     half = -exponent // 2  # in two steps, because 2**-exponent alone may be out of range
-    a = _float64(matrix, copy=True).mul_(math.ldexp(1.0, half)).mul_(math.ldexp(1.0, -exponent - half))
+    a = in_float64(matrix, copy=True).mul_(math.ldexp(1.0, half)).mul_(math.ldexp(1.0, -exponent - half))
     lower, upper = _scaled_bounds(a if a.shape[0] >= a.shape[1] else a.T, rtol)
     return SpectralNormBounds(_scale(lower, exponent, down=True), _scale(upper, exponent, down=False))
-
-
-def _float64(tensor: Tensor, copy: bool = False) -> Tensor:
-    """In float64, for which MPS has to be left."""
-    device = "cpu" if tensor.device.type == "mps" else tensor.device
-    return tensor.detach().to(device).to(torch.float64, copy=copy)
 
 
 def _exponent(tensor: Tensor) -> int | None:
@@ -433,16 +427,16 @@ def _norms_of_call(linear: LinearMap, x: Tensor, output: Any) -> tuple[Tensor, T
         vectors = y.movedim(-1 - len(linear.module.kernel_size), -1)[..., channels]
         bias = linear.module.bias[channels] if linear.module.bias is not None else None
     else:
-        x_norm = near = far = _norms(_float64(x.reshape(-1, x.shape[-1])))
+        x_norm = near = far = _norms(in_float64(x.reshape(-1, x.shape[-1])))
         bias = linear.module.bias if kind == "linear" else None
-    vectors = _float64(vectors.reshape(-1, vectors.shape[-1]))
+    vectors = in_float64(vectors.reshape(-1, vectors.shape[-1]))
     if vectors.shape != (len(x_norm), linear.shape[0]):
         raise ValueError(
             f"its output has shape {tuple(y.shape)}, and a vector of {linear.shape[0]} entries is needed for each of "
             f"{len(x_norm)} inputs"
         )
     if bias is not None:
-        bias = _float64(bias)
+        bias = in_float64(bias)
         vectors = vectors - bias
     wx_norm = _norms(vectors)
     return x_norm, wx_norm, _allowance(linear, x, y, bias, wx_norm, near, far)
@@ -451,7 +445,7 @@ def _norms_of_call(linear: LinearMap, x: Tensor, output: Any) -> tuple[Tensor, T
 def _norms(vectors: Tensor) -> Tensor:
     """The norm of every row, scaled so that no square overflows."""
     exponent = _checked_exponent(vectors)
-    return _times_power_of_two(torch.linalg.vector_norm(_times_power_of_two(vectors, -exponent), dim=1), exponent).cpu()
+    return times_power_of_two(torch.linalg.vector_norm(times_power_of_two(vectors, -exponent), dim=1), exponent).cpu()
 
 
 def _checked_exponent(tensor: Tensor) -> int:
@@ -465,9 +459,9 @@ def _patch_norms(linear: LinearMap, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     conv = linear.module
     channels = conv.in_channels // conv.groups
     group = linear.rows[0] // linear.shape[0] if linear.rows else 0
-    x = _float64(x if x.ndim == len(conv.kernel_size) + 2 else x[None]).narrow(1, group * channels, channels)
+    x = in_float64(x if x.ndim == len(conv.kernel_size) + 2 else x[None]).narrow(1, group * channels, channels)
     exponent = _checked_exponent(x)
-    energy = _times_power_of_two(x, -exponent).square().sum(1, keepdim=True)
+    energy = times_power_of_two(x, -exponent).square().sum(1, keepdim=True)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     energy = F.pad(energy, conv._reversed_padding_repeated_twice, mode=mode)
     sample = energy.flatten(1).sum(1, keepdim=True)
@@ -478,7 +472,7 @@ def _patch_norms(linear: LinearMap, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         energy = energy.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation].sum(-1)
     patch = energy.flatten(1)
     norms = (patch, patch.amax(1, keepdim=True).expand_as(patch), sample.expand_as(patch))
-    return tuple(_times_power_of_two(square.sqrt(), exponent).flatten().cpu() for square in norms)
+    return tuple(times_power_of_two(square.sqrt(), exponent).flatten().cpu() for square in norms)
 
 
 def _allowance(
@@ -501,7 +495,7 @@ def _allowance(
     # Tensor cores align their addends to the largest and cut off: four times the unit roundoff of float32.
     sums = (m + n + (100 if convolution else 2)) * (2.0**-52 if wide == torch.float64 else 2.0**-22)
     b = 0.0 if bias is None else torch.linalg.vector_norm(bias).item()
-    frobenius = _norms(_float64(_matrix(linear).reshape(1, -1))).item()
+    frobenius = _norms(in_float64(_matrix(linear).reshape(1, -1))).item()
     # Both factors of a product are rounded; among subnormal numbers that error is absolute.
     factors = (6 * unit * frobenius + 4 * math.sqrt(m * n) * tiny) * near
     factors += 2 * tiny * (math.sqrt(n) * frobenius + math.sqrt(m))

@@ -176,6 +176,20 @@ def modules_sharing(model: nn.Module, linear: LinearMap) -> list[LinearMap]:
     return [other for other in _find(_unwrap(model)) if _identity(other) == _identity(linear)]
 
 
+def is_conv1d_of_gpt2(module: nn.Module) -> bool:
+    """Whether this is transformers' ``Conv1D``, or a class made from it, found without importing transformers.
+
+    Its weight is stored ``(in_features, out_features)``.
+
+    Example:
+        >>> is_conv1d_of_gpt2(nn.Linear(2, 2))
+        False
+
+    Paper: none.
+    """
+    return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+
+
 def _identity(linear: LinearMap) -> tuple:
     """What tells maps of one weight from others; a parametrized weight is another tensor each time one looks."""
     owned = linear.module._parameters.get(linear.parameter)
@@ -188,7 +202,7 @@ def _find(model: nn.Module) -> Iterator[LinearMap]:
     for name, module in _named_modules(model):
         if id(module) in uncalled:
             continue
-        if _is_conv1d_of_gpt2(module):
+        if is_conv1d_of_gpt2(module):
             yield LinearMap(name, module, transposed=True, keyword="x")
         elif isinstance(module, nn.Linear):
             yield LinearMap(name, module)
@@ -201,11 +215,6 @@ def _find(model: nn.Module) -> Iterator[LinearMap]:
                 label = name if module.groups == 1 else _join(name, f"group{group}")
                 rows = None if module.groups == 1 else (group * size, (group + 1) * size)
                 yield LinearMap(label, module, rows=rows)
-
-
-def _is_conv1d_of_gpt2(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, or a class made from it, without importing transformers."""
-    return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
 
 
 def _attention_maps(name: str, module: nn.MultiheadAttention) -> Iterator[LinearMap]:

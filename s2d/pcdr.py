@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2d.spectral import SingularTriplets, as_matrix, top_singular_triplets
+from s2d.spectral import SingularTriplets, as_matrix, in_float64, top_singular_triplets
 
-ROUNDING = 1e-5  # of a ratio computed in float32: a weight of rank one has PCDR 1 only up to this
+# A threshold counts as reached up to this part of it, which is more than a PCDR is off for its triplets' sake: those of
+# a refresh have residuals of up to 5e-5 s_1 each.
+TOLERANCE = 5e-4
+REST_UNITS = 32  # a rest of so many units of rounding, relative to s_1 |x|, is what rounding leaves of zero
 
 
 def activation_pcdr(
@@ -32,6 +35,17 @@ def activation_pcdr(
     A ratio of magnitudes: not monotone in k, and above 1 where later components cancel the top ones. The denominator
     is ``|W[i] . x_j|``, so only the top ``k_max`` triplets are needed.
 
+    **What is guaranteed.** Both sums may cancel, so they are computed in float64, whatever the weight's dtype; but the
+    weight and the triplets have been rounded before. With u the rounding of the weight's dtype (1.2e-7 in float32):
+
+    * A rest beyond k of at most :math:`32u\,\sigma_1\|x_j\|` is what rounding makes of zero, and counts as zero. So a
+      weight of rank k has :math:`\mathrm{PCDR}_k` = 1 exactly, on every processor and however small the activation.
+    * An activation of at most :math:`u\,\|W_i\|\|x_j\|` cannot be told from zero, and gives NaN.
+    * Triplets with residuals R (:class:`s2d.spectral.SolvedTriplets`) are exact for a weight :math:`\|R\|_2` away. The
+      result is that weight's PCDR up to the part :math:`\|R\|_2\|x_j\| / |W_i x_j|` of it. For an activation that is a
+      tenth or more of what the spectral norm allows, this is what :func:`outlier_rank` forgives. (Which component is
+      the k-th is itself undetermined where singular values lie closer together than that.)
+
     Args:
         weight: ``(out_features, in_features)``.
         x: ``(r, in_features)`` the input of each activation.
@@ -40,7 +54,7 @@ def activation_pcdr(
         triplets: the top ``k_max`` (or more) triplets of ``weight`` when they are at hand.
 
     Returns:
-        ``(r, k_max)``: column k-1 holds PCDR_k. An activation that is exactly zero gives NaN.
+        ``(r, k_max)``: column k-1 holds PCDR_k. An activation that is zero, up to rounding, gives NaN.
 
     Raises:
         ValueError: for shapes that do not fit, a neuron out of range, or k_max out of range.
@@ -64,11 +78,16 @@ def activation_pcdr(
         triplets = top_singular_triplets(weight, k_max)
     elif not 1 <= k_max <= len(triplets.s):
         raise ValueError(f"k_max is {k_max}, but {len(triplets.s)} triplets were given")
-    u, s, v = (t[..., :k_max].to(matrix) for t in triplets)
-    x, neuron = x.to(matrix), neuron.to(matrix.device)
+    u, s, v = (in_float64(part[..., :k_max]) for part in triplets)
+    x, neuron = in_float64(x), neuron.to(u.device)
+    rows = in_float64(matrix[neuron.to(matrix.device)])
+    total = (rows * x).sum(dim=1, keepdim=True)
     partial = (u[neuron] * s * (x @ v)).cumsum(dim=1)
-    total = (matrix[neuron] * x).sum(dim=1, keepdim=True)
-    return partial.abs() / total.abs().masked_fill(total == 0, float("nan"))
+    unit = torch.finfo(matrix.dtype).eps
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    partial = torch.where((total - partial).abs() <= REST_UNITS * unit * s[0] * length, total, partial)
+    nothing = total.abs() <= unit * torch.linalg.vector_norm(rows, dim=1, keepdim=True) * length
+    return (partial.abs() / total.abs().masked_fill(nothing, float("nan"))).to(matrix)
 
 
 def spectral_pcdr(weight: Tensor, *, k_max: int = 3, triplets: SingularTriplets | None = None) -> Tensor:
@@ -76,7 +95,9 @@ def spectral_pcdr(weight: Tensor, *, k_max: int = 3, triplets: SingularTriplets 
 
     .. math:: \mathrm{PCDR}(\Sigma, k) = \frac{\sum_{r \le k} \sigma_r^2}{\sum_r \sigma_r^2}
 
-    The denominator is the squared Frobenius norm, so no full SVD is needed.
+    The denominator is the squared Frobenius norm, so no full SVD is needed. Triplets with residuals R put the ratio
+    off by at most :math:`2\|R\|_F / \|W\|_F` (Mirsky's inequality), which :func:`outlier_rank` forgives for the
+    residuals of a refresh and up to 25 components.
 
     Args:
         weight: ``(out_features, in_features)``.
@@ -97,12 +118,12 @@ def spectral_pcdr(weight: Tensor, *, k_max: int = 3, triplets: SingularTriplets 
         triplets = top_singular_triplets(weight, k_max)
     elif not 1 <= k_max <= len(triplets.s):
         raise ValueError(f"k_max is {k_max}, but {len(triplets.s)} triplets were given")
-    # Relative to s_1, because the squares of a huge or tiny weight would leave the range of float32.
-    s = triplets.s[:k_max].to(matrix)
+    s = in_float64(triplets.s[:k_max])
     if s[0] == 0:
-        return torch.zeros_like(s)
-    total = torch.linalg.matrix_norm(matrix / s[0])
-    return ((s / s[0]).square().cumsum(0) / total.square()).clamp(max=1.0)
+        return s.to(matrix)
+    # Relative to s_1, because the squares of a huge or tiny weight would leave the range of the dtype.
+    total = torch.linalg.vector_norm(in_float64(matrix) / s[0])
+    return ((s / s[0]).square().cumsum(0) / total.square()).clamp(max=1.0).to(matrix)
 
 
 def layer_pcdr(ratios: Tensor) -> Tensor:
@@ -132,6 +153,10 @@ def outlier_rank(pcdr: Tensor, tau: float) -> int | None:
 
     .. math:: \hat k = \min\{k : \mathrm{PCDR}_k \ge \tau\}
 
+    A value that falls short of the threshold by no more than the 5e-4th part of it has reached it: a PCDR is known no
+    better than its triplets (see :func:`activation_pcdr`), and a value that is the threshold in exact arithmetic must
+    not fall on either side as the processor rounds.
+
     Args:
         pcdr: ``(k_max,)``, PCDR_1 to PCDR_k_max of a layer.
         tau: threshold in (0, 1].
@@ -150,5 +175,5 @@ def outlier_rank(pcdr: Tensor, tau: float) -> int | None:
     """
     if not 0 < tau <= 1:
         raise ValueError(f"tau is {tau}: a dominance ratio lies in (0, 1]")
-    reached = (pcdr >= tau * (1 - ROUNDING)).nonzero()
+    reached = (pcdr >= tau * (1 - TOLERANCE)).nonzero()
     return int(reached[0]) + 1 if len(reached) else None

@@ -401,18 +401,20 @@ class SelectiveSpectralDecay:
             if watched.rank and watched.optimizer is optimizer and watched.linear.weight.grad is not None
         ]
         values = self._live_values(chosen) if self.coefficients == "live" else [w.selected().s for w in chosen]
-        if self.coupling == "decoupled":
-            rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for watched, s in zip(chosen, values, strict=True):
             weight = watched.linear.weight
+            group = groups[id(weight)]
             if self.coupling == "gradient":
                 # It may have to be summed over ranks first, in which those with an empty block take part.
                 target = distributed.gradient(weight)
-                coefficients, scale = s**self.power, self.lam * grad_scale
+                # An optimizer that maximizes turns the gradient around, the penalty in it too, which has to shrink.
+                sign = -1.0 if group.get("maximize", False) else 1.0
+                coefficients, scale = s**self.power, sign * self.lam * grad_scale
             else:
                 # More than the whole component would turn its sign and start it growing again.
                 left = s if self.coefficients == "live" else s - watched.spent[: watched.rank]
-                coefficients = (rates[id(weight)] * self.lam * s**self.power).minimum(left)
+                coefficients = (float(group["lr"]) * self.lam * s**self.power).minimum(left)
                 watched.spent[: watched.rank] += coefficients
                 target, scale = weight, -1.0
             block, u, v = watched.local_factors()
@@ -678,7 +680,8 @@ class SelectiveSpectralDecay:
         """Continue where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: if the state is of other layers, other shapes or another k_max; nothing is changed then.
+            ValueError: if the state is of other layers, other shapes or another k_max, or holds a rank that a layer
+                cannot have; nothing is changed then.
         """
         names = {key.rpartition(".")[0] for key in state if key != "steps"}
         if "steps" not in state or names != set(self._watched):
@@ -696,6 +699,12 @@ class SelectiveSpectralDecay:
                 raise ValueError(
                     f"layer {name} is {self._watched[name].linear.shape} with k_max={self.k_max} here, but the state "
                     f"has u {tuple(given[0])} and v {tuple(given[2])}"
+                )
+            rank, most = state[f"{name}.rank"].tolist(), len(state[f"{name}.s"]) if given else 0
+            if rank not in range(most + 1):
+                raise ValueError(
+                    f"layer {name} has rank {rank} in the state, which holds {most} triplets of it, so that only 0 to "
+                    f"{most} are possible: load the state_dict() of a run, unchanged"
                 )
         self._set_steps(int(state["steps"]))
         for name, w in self._watched.items():

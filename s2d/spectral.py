@@ -94,6 +94,40 @@ def _finite(weight: Tensor, name: str = "weight") -> tuple[Tensor, float]:
     return matrix, largest
 
 
+def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
+    """``x * 2**exponent`` in two exact steps, because 2**exponent alone may be out of range.
+
+    Args:
+        x: any shape.
+        exponent: any whole number.
+
+    Example:
+        >>> times_power_of_two(torch.tensor([0.75]), 3)
+        tensor([6.])
+
+    Paper: none.
+    """
+    half = exponent // 2
+    return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)
+
+
+def in_float64(tensor: Tensor, *, copy: bool = False) -> Tensor:
+    """The tensor, detached, in float64, for which MPS has to be left.
+
+    Args:
+        tensor: any shape and dtype.
+        copy: whether the result must not share memory with the tensor.
+
+    Example:
+        >>> in_float64(torch.ones(2, dtype=torch.bfloat16))
+        tensor([1., 1.], dtype=torch.float64)
+
+    Paper: none.
+    """
+    device = "cpu" if tensor.device.type == "mps" else tensor.device
+    return tensor.detach().to(device).to(torch.float64, copy=copy)
+
+
 def top_singular_triplets(
     weight: Tensor,
     k: int,
@@ -252,7 +286,7 @@ def _solve(
         return [SolvedTriplets(_full_svd(matrix, k), 0.0, 0, False) for matrix in matrices]
     # A power of two is exact, and keeps the squares inside the iteration from leaving the range of the dtype.
     exponents = [0 if SAFE_RANGE[0] <= size <= SAFE_RANGE[1] or size == 0 else math.frexp(size)[1] for size in largest]
-    scaled = [_times_power_of_two(a, -e) if e else a for a, e in zip(matrices, exponents, strict=True)]
+    scaled = [times_power_of_two(a, -e) if e else a for a, e in zip(matrices, exponents, strict=True)]
     wide = scaled[0].shape[0] < scaled[0].shape[1]
     tall = [a.T if wide else a for a in scaled]  # the basis then lives in the smaller of the two spaces
     start = _starting_block(tall, [None if s is None else (s.u if wide else s.v)[:, :k] for s in starts], block)
@@ -264,7 +298,7 @@ def _solve(
             continue
         (u, s, v), error, taken, _ = solution
         triplets = SingularTriplets(v, s, u) if wide else SingularTriplets(u, s, v)
-        s, error = _times_power_of_two(triplets.s, exponent), math.ldexp(error, exponent)
+        s, error = times_power_of_two(triplets.s, exponent), math.ldexp(error, exponent)
         solved.append(SolvedTriplets(triplets._replace(s=s), error, taken, False))
     return solved
 
@@ -369,9 +403,3 @@ def _full_svd(matrix: Tensor, k: int) -> SingularTriplets:
 def _owned(u: Tensor, s: Tensor, v: Tensor) -> SingularTriplets:
     """Copies: a view would keep the whole factor alive for as long as the triplets are cached."""
     return SingularTriplets(*(part.clone(memory_format=torch.contiguous_format) for part in (u, s, v)))
-
-
-def _times_power_of_two(x: Tensor, exponent: int) -> Tensor:
-    """``x * 2**exponent`` in two exact steps, because 2**exponent alone may be out of range."""
-    half = exponent // 2
-    return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 
-from s2d.lab import plotting
 from s2d.lab.ablations import (
     BASELINE,
     REFERENCES,
@@ -23,6 +22,8 @@ from s2d.lab.ablations import (
     with_baseline,
 )
 from s2d.lab.data import ClutteredDigits
+from s2d.lab.figures import ablations as draw
+from s2d.lab.figures.style import use_style
 from s2d.lab.models import DigitsViT
 from s2d.lab.paper import load_paper_table
 from s2d.lab.quantization import methods_table, quantization_table
@@ -189,7 +190,7 @@ def test_activation_form_picks_a_layer_of_rank_one():
     table = selection_table({"AdamW": [trained]}, images=8)
     ranks = table[table.layer == name].set_index("criterion")["rank"]
     assert ranks["activation, tau 0.95"] == ranks["spectral, tau 0.95"] == 1 and ranks["top 3 of every layer"] == 3
-    assert len(plotting.selection(table).axes) == 2  # the table and its colour bar
+    assert len(draw.selection(table).axes) == 2  # the table and its colour bar
 
 
 def test_a_higher_threshold_picks_no_more_layers():
@@ -208,7 +209,7 @@ def test_unknown_criterion():
 def test_figure_of_the_differences():
     erq = long({BASE: [0.5, 0.6], TAU: [0.6, 0.7], ("power", "4"): [0.4, 0.5]})
     full = long({BASE: [0.9, 0.9], TAU: [0.8, 0.8], ("power", "4"): [0.9, 0.9]}, method="FP", bits="FP")
-    plotting.use_style()
-    figure = plotting.ablations(paired_differences(pd.concat([erq, full])))
+    use_style()
+    figure = draw.ablations(paired_differences(pd.concat([erq, full])))
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["full precision", "W4A4"]
     assert {text.get_text() for text in figure.axes[0].get_yticklabels()} == {"tau: 0.8", "power: 4"}

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [path.stem for path in sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))]
+RULES = [name.partition("_")[2] for name in NOTEBOOKS]
 
 
 def plan(tmp_path: Path, *config: str) -> subprocess.CompletedProcess:
@@ -42,6 +43,7 @@ def test_every_notebook_is_run_once_with_the_parameters_of_its_scale(tmp_path, s
     done = plan(tmp_path, f"scale={scale}", "from=store")
     assert done.returncode == 0, done.stderr
     text = done.stdout + done.stderr
+    assert re.findall(r"^ +threads: (\d+)$", text, re.MULTILINE) == ["2"] * len(NOTEBOOKS)  # each runs alone
     runs = re.findall(r"s2d\.lab\.notebook run notebooks/(\w+)\.ipynb (\S+) --params (\S+)", text)
     assert sorted(name for name, _, _ in runs) == NOTEBOOKS
     for name, output, params in runs:
@@ -100,7 +102,12 @@ def snakemake(folder: Path, *arguments: str) -> str:
         ("notebooks/params/laptop/06_ablations.yaml", {"ablations", "figures"}),
         ("notebooks/08_figures.ipynb", {"figures"}),
         ("s2d/lab/staleness.py", {"ablations", "figures"}),
+        ("s2d/lab/origins.py", {"origin_evidence", "figures"}),
+        ("s2d/lab/figures/style.py", {"figures"}),
+        ("s2d/lab/tuning.py", set()),
         ("data/laptop/tuning.csv", {"frontier", "figures"}),
+        ("data/paper/table07_ffn_statistics.csv", {"ablations", "figures"}),
+        ("s2d/lab/training.py", set(RULES)),
     ],
 )
 def test_a_change_reruns_what_depends_on_it_and_nothing_else(finished_batch, changed, rerun):

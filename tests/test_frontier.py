@@ -21,7 +21,6 @@ from s2d.lab.frontier import (
     site_error_table,
     strong_gains,
 )
-from s2d.lab.pareto import pareto_front
 from s2d.lab.recipes import DECOUPLED, S2D_TUNED, finetuning, pretraining
 from s2d.lab.store import obtain
 from s2d.lab.tuning import GRID, winners
@@ -42,25 +41,6 @@ def made_up(levels: dict[str, float], seeds=(3, 4, 5), noise: float = 0.001) -> 
             for m, b in CELLS
         ]
     )
-
-
-def test_pareto_front_is_what_a_double_loop_finds():
-    rng = np.random.default_rng(1)
-    points = pd.DataFrame(rng.integers(0, 8, size=(60, 2)), columns=["x", "y"], index=range(100, 160))
-    expected = [
-        not any(
-            (o.x >= p.x and o.y >= p.y) and (o.x > p.x or o.y > p.y) for o in points.itertuples() if o.Index != p.Index
-        )
-        for p in points.itertuples()
-    ]
-    found = pareto_front(points, "x", "y")
-    assert found.tolist() == expected and found.index.equals(points.index)
-    assert pareto_front(pd.DataFrame({"x": [1.0, 1.0], "y": [2.0, 2.0]}), "x", "y").all()  # equal points share it
-
-
-def test_pareto_front_refuses_missing_values():
-    with pytest.raises(ValueError, match="missing values: drop those rows"):
-        pareto_front(pd.DataFrame({"x": [1.0, None], "y": [1.0, 2.0]}), "x", "y")
 
 
 def test_comparison_is_within_seeds():

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from s2d.lab import plotting, quantization
+from s2d.lab import quantization
 from s2d.lab.data import ClutteredDigits
+from s2d.lab.figures import ptq as draw
 from s2d.lab.models import DigitsViT
 from s2d.lab.quantization import (
     CONDITIONING,
@@ -91,7 +92,7 @@ def test_conditioning_and_its_online_cost(checkpoints):
     cost = table.groupby("conditioning").online_operations.agg(["min", "max"])
     assert cost.loc["none"].eq(0).all() and cost.loc["SmoothQuant"].eq(0).all()  # folded into the weights
     assert 0 < cost.loc["rotation", "min"] == cost.loc["rotation", "max"] < 0.5
-    plotting.conditioning_bars(table)
+    draw.ptq_conditioning(table)
 
 
 def test_online_operations_by_hand():
@@ -115,7 +116,7 @@ def test_qat_rows_pair_variants(checkpoints):
     assert (
         table.query("training == 'FP'").bits.eq("FP").all() and table.query("training == 'QAT'").bits.eq("W3A3").all()
     )
-    plotting.qat_points(table.assign(variant="AdamW"))
+    draw.ptq_qat(table.assign(variant="AdamW"))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,6 @@ def test_unknown_names_stop_before_any_work(checkpoints, call, message):
 
 def test_figures_of_all_methods(checkpoints):
     table = methods_table(checkpoints, ["W8A8", "W4A4"], methods=["RTN", "ERQ"], calibration_sets=1, images=20)
-    figure = plotting.methods_by_bits(table)
+    figure = draw.ptq_methods(table)
     assert [axis.get_title() or axis.get_title(loc="left") for axis in figure.axes[:2]] == ["RTN", "ERQ"]
     assert len(figure.axes) == 4 and figure.axes[2].get_yscale() == "log"

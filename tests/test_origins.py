@@ -11,8 +11,10 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from s2d.lab import origins, plotting
+from s2d.lab import origins
 from s2d.lab.evaluate import layer_statistics
+from s2d.lab.figures import evidence as draw
+from s2d.lab.figures import style
 from s2d.lab.models import DigitsViT
 from s2d.lab.optimizers import LessAdaptive, Orthogonal, RotatedBasis, random_rotation
 from s2d.lab.recipes import INTERVENTIONS
@@ -336,8 +338,8 @@ def test_tables_without_a_correlation(table, message):
 
 
 def test_every_intervention_has_a_colour_and_a_marker_of_its_own():
-    for style in (plotting.COLOURS, plotting.MARKERS):
-        assert len({style[name] for name in INTERVENTIONS}) == len(INTERVENTIONS)
+    for marks in (style.COLOURS, style.MARKERS):
+        assert len({marks[name] for name in INTERVENTIONS}) == len(INTERVENTIONS)
 
 
 def test_figures_are_drawn_from_the_tables_alone():
@@ -349,13 +351,13 @@ def test_figures_are_drawn_from_the_tables_alone():
     where, writers = (make(shown, images=4) for make in (origins.outlier_location_table, origins.outlier_writers_table))
     measured = growth().assign(sigma_1=lambda t: t.sigma_1.abs(), max_abs=lambda t: t.max_abs.abs())
     figures = [
-        plotting.origins_interventions(matched, ptq),
-        plotting.origins_doses(origins.dose_table(matched)),
-        plotting.origins_where(where, writers),
-        plotting.origins_growth(measured, origins.correlation_table(measured, resamples=5)),
+        draw.origins_interventions(matched, ptq),
+        draw.origins_doses(matched),
+        draw.origins_where(where, writers),
+        draw.origins_growth(measured, origins.correlation_table(measured, resamples=5)),
     ]
     assert [len(figure.axes) for figure in figures] == [2, 2, 4, 2]
     assert [tick.get_text() for tick in figures[0].axes[0].get_yticklabels()] == list(kinds)
     assert [tick.get_text() for tick in figures[1].axes[0].get_xticklabels()] == ["1e-08", "0.01"]
     for figure in figures:
-        plotting.plt.close(figure)
+        draw.plt.close(figure)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from s2d.lab.identity import code_files, recipe_key
 from s2d.lab.recipes import finetuning, quantization_aware
-from s2d.lab.store import Trained, code_fingerprint, find, obtain, recipe_key
+from s2d.lab.store import Trained, obtain
 from s2d.ptq import quantize
 from s2d.ptq.qat import begin_qat, finish_qat
 from s2d.ptq.sites import quantized_layers
@@ -138,21 +139,20 @@ def test_the_lab_trains_it_from_a_stored_checkpoint(tmp_path, monkeypatch) -> No
     assert all(len(row.unique()) <= 8 for site in quantized_layers(finished).values() for row in site.weight.flatten(1))
 
 
-def test_a_checkpoint_that_is_not_stored_is_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("S2D_STORE", str(tmp_path))
-    assert find(tiny()) is None
-    with pytest.raises(ValueError, match="not in the store"):
-        tiny().model.build(0)
-
-
-def test_the_key_holds_the_bits_the_start_and_the_quantizers_code() -> None:
-    keys = {recipe_key(recipe) for recipe in (tiny(), tiny("S2D"), tiny(bits="W4A4"), tiny().model.of)}
-    assert len(keys) == 4
-    assert len({code_fingerprint(False), code_fingerprint(False, True), code_fingerprint(True, True)}) == 3
-    longer = dataclasses.replace(tiny(), steps=4)
-    assert recipe_key(longer) != recipe_key(tiny())
+def test_the_key_holds_the_bits_and_the_start() -> None:
+    variants = [tiny(), tiny("S2D"), tiny(bits="W4A4"), tiny().start, dataclasses.replace(tiny(), steps=4)]
+    assert len({recipe_key(recipe) for recipe in variants}) == len(variants)
     assert Trained(tiny("S2D"), {}, []).seed == 0
-    assert hash(tiny().model) == hash(tiny().model) != hash(tiny("S2D").model)
+
+
+def test_only_training_with_quantization_depends_on_the_quantizers() -> None:
+    def code(recipe) -> set[str]:
+        return {"/".join(path.parts[-2:]) for path in code_files(recipe)}
+
+    quantizers = {"ptq/qat.py", "ptq/quantizers.py", "s2d/layers.py"}  # layers: what can be quantized
+    assert quantizers <= code(tiny())
+    assert not quantizers & code(tiny().start)
+    assert not any(name.startswith("ptq") for name in code(tiny("S2D").start))
 
 
 def test_only_a_model_in_training_is_finished() -> None:

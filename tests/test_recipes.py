@@ -19,30 +19,10 @@ from s2d.lab.recipes import (
     ablation,
     finetuning,
     intervention,
-    laptop_recipes,
     pretraining,
 )
 from s2d.lab.results import load_table
-from s2d.lab.store import _file_name, _load, committed_folder
 from s2d.lab.tuning import SETTING_COLUMNS, tuning_runs, winners
-
-
-def test_the_committed_store_holds_exactly_the_laptop_recipes():
-    wanted = {_file_name(recipe) for recipe in laptop_recipes()}
-    present = {path.name for path in committed_folder().glob("*.safetensors")}
-    assert present == wanted, "train them (make figures), then python -m s2d.lab.store"
-
-
-@pytest.mark.parametrize("recipe", laptop_recipes(), ids=_file_name)
-def test_committed_entries_are_whole_and_theirs(recipe):
-    path = committed_folder() / _file_name(recipe)
-    trained = _load(path, recipe)
-    assert path.stat().st_size < 1_000_000
-    assert trained.history[-1]["step"] == recipe.steps
-
-
-def test_the_committed_store_stays_small():
-    assert sum(path.stat().st_size for path in committed_folder().glob("*")) < 55_000_000
 
 
 def test_finetuning_settings_are_the_winners_of_the_tuning_table():

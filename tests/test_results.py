@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,8 @@ import pandas as pd
 import pytest
 
 import s2d
-from s2d.lab import results
-from s2d.lab.files import write_atomically, write_text
-from s2d.lab.results import load_sources, load_table, mean_and_spread, provenance, save_table, source_hash
+from s2d.lab import dependencies, results
+from s2d.lab.results import load_table, provenance, save_table, table_digests
 
 SOURCE = {"notebook": "01_test", "parameters": {"seed": 0}}
 TABLE = pd.DataFrame(
@@ -72,7 +71,7 @@ def test_two_files_and_no_others(output: Path) -> None:
 
 def test_the_same_bytes_every_time(output: Path) -> None:
     def save() -> list[bytes]:
-        source = provenance("01_test", {"seed": 0, "bits": ["W4A4"]})
+        source = provenance("s2d.lab.tuning", {"seed": 0, "bits": ["W4A4"]})
         path = save_table(TABLE, "ptq", run="laptop", source=source)
         return [path.read_bytes(), path.with_suffix(".json").read_bytes()]
 
@@ -86,17 +85,17 @@ def test_the_same_bytes_every_time(output: Path) -> None:
 
 
 def test_the_sidecar_is_the_source(output: Path) -> None:
-    source = provenance("01_test", {"seed": 0, "lr": 1e-3, "bits": ["FP", "W4A4"], "steps": None, "fast": True})
+    given = {"seed": 0, "lr": 1e-3, "bits": ["FP", "W4A4"], "steps": None, "fast": True}
+    source = provenance("s2d.lab.tuning", given)
     path = save_table(TABLE, "ptq", run="laptop", source=source)
     assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == source
-    assert load_sources(["ptq"], run="laptop") == {"ptq": source}
 
 
 def test_a_new_table_replaces_the_old(output: Path) -> None:
     save_table(TABLE, "ptq", run="laptop", source=SOURCE)
-    save_table(TABLE[:1], "ptq", run="laptop", source=SOURCE | {"notebook": "02"})
+    path = save_table(TABLE[:1], "ptq", run="laptop", source=SOURCE | {"notebook": "02"})
     assert len(load_table("ptq", run="laptop")) == 1
-    assert load_sources(["ptq"], run="laptop")["ptq"]["notebook"] == "02"
+    assert json.loads(path.with_suffix(".json").read_text())["notebook"] == "02"
 
 
 def test_runs_do_not_mix(output: Path) -> None:
@@ -120,27 +119,45 @@ def test_strange_run_labels_are_refused(run: str, output: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_table("ptq", run=run)
     with pytest.raises(ValueError, match=message):
-        load_sources(["ptq"], run=run)
+        table_digests(["ptq"], run=run)
     assert not output.exists()
 
 
 def test_a_missing_table_says_how_to_make_it(output: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no table data/gpu/ptq.csv: run `make figures SCALE=gpu`"):
-        load_table("ptq", run="gpu")
+    for read in (load_table, lambda name, run: table_digests([name], run=run)):
+        with pytest.raises(FileNotFoundError, match="no table data/gpu/ptq.csv: run `make figures SCALE=gpu`"):
+            read("ptq", run="gpu")
+
+
+def test_a_name_with_a_run_in_it_is_the_same_at_every_scale(output: Path) -> None:
+    save_table(TABLE, "tuning", run="laptop", source=SOURCE)
+    pd.testing.assert_frame_equal(load_table("laptop/tuning", run="smoke"), TABLE)
+    assert table_digests(["laptop/tuning"], run="smoke").keys() == {"laptop/tuning"}
+    for name in ("../tuning", "data/laptop/tuning", "/tuning"):
+        with pytest.raises((ValueError, FileNotFoundError), match="plain label|no table data/smoke"):
+            load_table(name, run="smoke")
+
+
+def test_digests_are_of_the_bytes(output: Path) -> None:
+    path = save_table(TABLE, "ptq", run="laptop", source=SOURCE)
+    digests = table_digests(["ptq"], run="laptop")
+    assert digests == {"ptq": hashlib.sha256(path.read_bytes()).hexdigest()}
+    save_table(TABLE, "ptq", run="laptop", source=SOURCE | {"source": "another"})
+    assert table_digests(["ptq"], run="laptop") == digests
+    save_table(TABLE[:2], "ptq", run="laptop", source=SOURCE)
+    assert table_digests(["ptq"], run="laptop") != digests
 
 
 def test_what_was_just_written_wins_over_what_is_committed(output: Path) -> None:
     committed = results.repository_root() / "data" / "laptop"
     committed.mkdir(parents=True)
     (committed / "ptq.csv").write_text("x\n1\n")
-    (committed / "ptq.json").write_text('{"notebook": "committed"}')
-    (committed / "other.json").write_text('{"notebook": "other"}')
     assert load_table("ptq", run="laptop").x.tolist() == [1]
+    before = table_digests(["ptq"], run="laptop")
     save_table(pd.DataFrame({"x": [2]}), "ptq", run="laptop", source={"notebook": "new"})
     assert load_table("ptq", run="laptop").x.tolist() == [2]
     assert (committed / "ptq.csv").read_text() == "x\n1\n"
-    sources = load_sources(["ptq", "other", "none"], run="laptop")
-    assert sources == {"ptq": {"notebook": "new"}, "other": {"notebook": "other"}}
+    assert table_digests(["ptq"], run="laptop") != before
 
 
 def test_without_s2d_output_results_go_to_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +180,9 @@ def test_provenance_says_what_a_reader_needs() -> None:
     import torch
 
     given = {"seed": 3, "bits": ["W4A4"]}
-    made = provenance("02_quantize", given)
+    made = provenance("s2d.lab.tuning", given)
     assert set(made) == {"notebook", "parameters", "source", "versions"}
-    assert made["notebook"] == "02_quantize" and made["parameters"] == given
+    assert made["notebook"] == "s2d.lab.tuning" and made["parameters"] == given
     assert made["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(made["versions"]) > {"python", "torch", "timm", "numpy"}
     given["seed"] = 4
@@ -177,7 +194,7 @@ def test_provenance_has_no_times_and_no_machine() -> None:
     import platform
     import time
 
-    texts = [json.dumps(provenance("01", {"seed": 0}), sort_keys=True) for _ in range(2)]
+    texts = [json.dumps(provenance("s2d.lab.tuning", {"seed": 0}), sort_keys=True) for _ in range(2)]
     assert texts[0] == texts[1]
     assert not re.search(r"\d{4}-\d\d-\d\d|\d\d:\d\d", texts[0])
     assert str(int(time.time()))[:6] not in texts[0]
@@ -185,110 +202,48 @@ def test_provenance_has_no_times_and_no_machine() -> None:
     assert not [name for name in machine if len(name) > 3 and name in texts[0]]
 
 
-def test_the_source_hash_changes_with_the_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package and of one notebook, to be edited."""
     package = tmp_path / "s2d"
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(s2d.__file__).parent, package, ignore=ignore)
-    monkeypatch.setattr(results, "__file__", str(package / "lab" / "results.py"))
-    copied = source_hash()
-    monkeypatch.undo()
-    assert copied == source_hash()  # where the package lies does not matter
-    monkeypatch.setattr(results, "__file__", str(package / "lab" / "results.py"))
-    seen = {copied}
-    (package / "notes.txt").write_text("not code")
-    assert source_hash() == copied
-    for change in (
-        lambda: (package / "bound.py").write_text((package / "bound.py").read_text() + "x = 1\n"),
-        lambda: (package / "new.py").write_text(""),
-        lambda: (package / "new.py").rename(package / "lab" / "new.py"),
-    ):
-        change()
-        assert source_hash() not in seen
-        seen.add(source_hash())
+    shutil.copytree(Path(s2d.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(Path(s2d.__file__).parents[1] / "notebooks" / "02_bound_and_pcdr.ipynb", tmp_path / "notebooks")
+    monkeypatch.setattr(dependencies, "PACKAGE", package)
+    monkeypatch.setattr(results, "repository_root", lambda: tmp_path)
+    return package
 
 
-# --- mean and spread ---
+def test_the_source_hash_covers_what_a_table_depends_on(package: Path) -> None:
+    def source() -> str:
+        return provenance("02_bound_and_pcdr", {})["source"]
+
+    first = source()
+    for name, changes in {
+        "bound.py": True,  # imported by the notebook itself
+        "spectral.py": True,  # through other modules
+        "lab/evaluate.py": True,
+        "lab/figures/bound.py": False,  # drawings
+        "lab/figures/style.py": False,
+        "lab/origins.py": False,  # of other notebooks
+        "ptq/command/run.py": False,
+    }.items():
+        path = package / name
+        before = path.read_text()
+        path.write_text("# a comment\n" + before.replace(".\n", "!\n", 1))  # docstrings come first
+        assert source() == first, name
+        path.write_text(before + "\nx = 1\n")
+        assert (source() != first) == changes, name
+        path.write_text(before)
+    assert source() == first
 
 
-def test_mean_and_spread_by_hand() -> None:
-    rows = {
-        ("S2D", "W4A4"): [0.8, 0.9, 0.7],
-        ("S2D", "FP"): [0.95, 0.97, 0.96],
-        ("AdamW", "W4A4"): [0.1, 0.5, 0.3],
-        ("AdamW", "FP"): [0.9],
-    }
-    table = pd.DataFrame(
-        [
-            {"variant": variant, "bits": bits, "seed": seed, "accuracy": a, "logit_error": 2 * a + seed}
-            for (variant, bits), values in rows.items()
-            for seed, a in enumerate(values)
-        ]
-    )
-    got = mean_and_spread(table, ["variant", "bits"], ["accuracy", "logit_error"])
-    assert list(got.columns) == [
-        "variant", "bits", "seeds", "accuracy", "accuracy_std", "logit_error", "logit_error_std"
-    ]  # fmt: skip
-    assert list(zip(got.variant, got.bits, strict=True)) == list(rows)  # in order of appearance
-    for (_, row), values in zip(got.iterrows(), rows.values(), strict=True):
-        errors = [2 * a + seed for seed, a in enumerate(values)]
-        assert row.seeds == len(values)
-        assert row.accuracy == pytest.approx(statistics.mean(values))
-        assert row.logit_error == pytest.approx(statistics.mean(errors))
-        if len(values) > 1:
-            assert row.accuracy_std == pytest.approx(statistics.stdev(values))
-            assert row.logit_error_std == pytest.approx(statistics.stdev(errors))
-        else:
-            assert np.isnan(row.accuracy_std)  # one seed has no spread, which is not a spread of 0
-
-
-def test_mean_and_spread_counts_seeds_not_rows() -> None:
-    table = pd.DataFrame({"variant": ["a"] * 4, "seed": [0, 0, 1, 1], "x": [1.0, 2.0, 3.0, 4.0]})
-    got = mean_and_spread(table, ["variant"], ["x"])
-    assert got.seeds.tolist() == [2] and got.x.tolist() == [2.5]
-
-
-def test_mean_and_spread_keeps_groups_without_a_setting() -> None:
-    """AdamW has no lam: its rows must not vanish from a table grouped by lam."""
-    table = pd.DataFrame({"variant": ["AdamW", "S2D"], "lam": [np.nan, 0.1], "seed": [0, 0], "x": [1.0, 2.0]})
-    got = mean_and_spread(table, ["variant", "lam"], ["x"])
-    assert got.variant.tolist() == ["AdamW", "S2D"] and got.x.tolist() == [1.0, 2.0]
-
-
-def test_mean_and_spread_leaves_the_table_alone() -> None:
-    table = pd.DataFrame({"variant": ["b", "a"], "seed": [0, 0], "x": [1.0, 2.0]})
-    before = table.copy()
-    assert mean_and_spread(table, ["variant"], ["x"]).variant.tolist() == ["b", "a"]
-    pd.testing.assert_frame_equal(table, before)
+def test_a_notebook_that_is_not_there_has_no_provenance(package: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no notebook notebooks/09_new.ipynb: give the stem"):
+        provenance("09_new", {})
 
 
 # --- writing ---
-
-
-@pytest.mark.parametrize("content", ["", "one\ntwo\n", "ü\r\n"])
-def test_text_is_written_as_it_is(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "text.md"
-    write_text(path, content)
-    assert path.read_bytes() == content.encode()
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    path.write_text("old")
-    seen: list[Path] = []
-
-    def write(temporary: Path) -> None:
-        seen.append(temporary)
-        temporary.write_text("half of the n")
-        assert path.read_text() == "old"  # readers meanwhile see the old file
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path] and not seen[0].exists()
-    write_atomically(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new"
 
 
 def test_a_table_that_cannot_be_written_leaves_both_old_files(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

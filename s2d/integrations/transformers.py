@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from s2d.files import write_atomically
 from s2d.regularizer import SelectiveSpectralDecay
 
 STATE_FILE = "s2d.safetensors"
@@ -73,9 +73,8 @@ class S2DCallback(TrainerCallback):
         if not args.should_save or state.is_hyper_param_search:  # a trial of a search is never resumed
             return
         path = _checkpoint(args.output_dir, state) / STATE_FILE
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"run": state.stateful_callbacks["s2d"]["run"]})
-        os.replace(partial, path)
+        metadata = {"run": state.stateful_callbacks["s2d"]["run"]}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def on_log(
         self,

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints, each, gather_outliers
-from s2d.lab.paired import paired_interval
 from s2d.lab.paper import load_paper_table
 from s2d.lab.quantization import TEST_IMAGES, methods_table, quantization_table
 from s2d.lab.recipes import ABLATIONS, ablation, finetuning
+from s2d.lab.statistics import paired_interval
 from s2d.lab.store import Trained
 from s2d.lab.training import Recipe
 from s2d.layers import linear_maps

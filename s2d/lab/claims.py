@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from s2d.lab.ablations import BASELINE, REFERENCES
-from s2d.lab.paired import PairedInterval, paired_interval
+from s2d.lab.statistics import PairedInterval, paired_interval
 
 METHOD = "ERQ"  # the quantizer of the paper's Tables 6, 10 and 11
 NO_LOSS = 0.5  # points of accuracy that "without loss" may cost
@@ -48,7 +48,7 @@ def _row(
     claim: str, source: str, reported: str, differences: pd.Series, unit: str, *, sign: int = +1, margin: float = 0.0
 ) -> dict:
     """A row of the table; ``sign`` is -1 where the claim says that the difference is negative."""
-    differences = differences.dropna().round(9)  # equal accuracies differ by rounding
+    differences = differences.dropna()
     says = verdict(paired_interval((sign * differences).tolist()), margin=margin)
     measured = paired_interval(differences.tolist())
     return _described(claim, source, reported, measured, unit, says) | {"which_seeds": _listed(differences.index)}
@@ -329,13 +329,3 @@ def staleness_claim(staleness: pd.DataFrame) -> dict:
         last.groupby("seed").cosine.min() - PAPER_COSINE,
         "cosine",
     )
-
-
-def reported_pcdr_selection() -> pd.DataFrame:
-    """Table 6 with the baseline of Table 11 (the same model and quantizer): columns variant, bits, value (%)."""
-    from s2d.lab.paper import load_paper_table
-
-    selection = load_paper_table(6).replace({"variant": {"S2D without PCDR": "No PCDR"}})
-    baseline = load_paper_table(11).query("variant == 'Baseline'").assign(variant="AdamW")
-    table = pd.concat([baseline, selection], ignore_index=True)[["variant", "bits", "value"]]
-    return table.sort_values("bits", ascending=False, kind="stable", ignore_index=True)

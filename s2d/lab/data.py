@@ -57,13 +57,16 @@ class ClutteredDigits:
 
     Attributes:
         canvas: side of the square image, in pixels.
-        fragments: how many pieces of other digits are pasted as clutter.
+        fragments: how many pieces of other digits are pasted as clutter, anywhere on the canvas.
         fragment_size: side of each square piece, in pixels.
+        jitter: how many places the digit may be moved along each side, around the middle; None: anywhere. A vision
+            transformer learns every place anew, so this decides how many images it needs, not how hard one image is.
     """
 
     canvas: int = 16
     fragments: int = 4
     fragment_size: int = 3
+    jitter: int | None = 4
 
     def __post_init__(self) -> None:
         if self.canvas < SOURCE_SIZE:
@@ -72,6 +75,8 @@ class ClutteredDigits:
             raise ValueError(f"fragment_size is {self.fragment_size}: choose 1 to {SOURCE_SIZE}")
         if self.fragments < 0:
             raise ValueError(f"fragments is {self.fragments}: choose 0 or more")
+        if self.jitter is not None and self.jitter < 0:
+            raise ValueError(f"jitter is {self.jitter}: choose 0 or more, or None for any place")
 
     def _compose(self, digit: np.ndarray, pool: np.ndarray, rng: np.random.Generator) -> Tensor:
         """Fragments from ``pool`` at random places, then each digit over them, so that no digit is itself damaged."""
@@ -79,9 +84,12 @@ class ClutteredDigits:
         n = len(digit)
         canvas = np.zeros((n, self.canvas, self.canvas), dtype=np.float32)
 
-        def paste(patches: np.ndarray, *, over: bool) -> None:
+        def paste(patches: np.ndarray, *, over: bool, jitter: int | None = None) -> None:
             size = patches.shape[-1]
-            corner = rng.integers(0, self.canvas - size + 1, size=(n, 2))
+            free = self.canvas - size
+            moved = free if jitter is None else min(jitter, free)
+            first = (free - moved) // 2
+            corner = rng.integers(first, first + moved + 1, size=(n, 2))
             rows = corner[:, 0, None, None] + np.arange(size)[None, :, None]
             columns = corner[:, 1, None, None] + np.arange(size)[None, None, :]
             where = (np.arange(n)[:, None, None], rows, columns)
@@ -93,7 +101,7 @@ class ClutteredDigits:
             corner = rng.integers(0, SOURCE_SIZE - self.fragment_size + 1, size=(n, 2))
             rows = corner[:, 0, None, None] + span[None, :, None]
             paste(images[other[:, None, None], rows, corner[:, 1, None, None] + span[None, None, :]], over=False)
-        paste(images[digit], over=True)
+        paste(images[digit], over=True, jitter=self.jitter)
         # Centred and scaled by constants rather than by measured moments, so no split leaks into another.
         return torch.from_numpy((canvas - 0.15) / 0.3).unsqueeze(1)
 

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints
-from s2d.lab.paired import paired_interval
-from s2d.lab.pareto import pareto_front
 from s2d.lab.quantization import TEST_IMAGES, Subject, logits_of, methods_table, over_checkpoints, quantization_table
 from s2d.lab.recipes import DECOUPLED, S2D_TUNED
+from s2d.lab.statistics import paired_interval, pareto_front
 from s2d.lab.store import Trained
 from s2d.ptq import parse_bits
 from s2d.ptq.sites import QuantizedProduct, Site, set_mode, sites

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2d.cap import cap_spectral_norm_
 from s2d.lab.training import Optimizer
 
 ROTATION_SEED = 20260223
@@ -134,27 +135,6 @@ class MuonAndAdamW:
             groups = state_dict["param_groups"][first : first + len(part.param_groups)]
             part.load_state_dict({"state": state, "param_groups": groups})
             offset, first = offset + count, first + len(part.param_groups)
-
-
-def cap_spectral_norm_(weight: Tensor, cap: float) -> None:
-    """Lower every singular value above ``cap`` to it, in place.
-
-    Args:
-        weight: ``(out_features, in_features)``.
-        cap: largest singular value allowed, positive.
-
-    Example:
-        >>> weight = torch.diag(torch.tensor([4.0, 1.0]))
-        >>> cap_spectral_norm_(weight, 2.0)
-        >>> weight.diagonal()
-        tensor([2., 1.])
-
-    Paper: none (the hard form of spectral control, a control).
-    """
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    excess = (s - cap).clamp(min=0)
-    over = excess > 0
-    weight.sub_((u[:, over] * excess[over]) @ vh[over])
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

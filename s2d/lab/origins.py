@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints, each, layer_statistics
 from s2d.lab.optimizers import LessAdaptive
@@ -175,12 +176,17 @@ def residual_streams(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         handles.append(
             block.register_forward_hook(lambda _m, _a, output, name=name: kept.update({f"blocks.{name}": output}))
         )
+    _run_hooked(model, images, handles)
+    return kept
+
+
+def _run_hooked(model: nn.Module, images: Tensor, handles: Iterable[RemovableHandle]) -> None:
+    """Call the model once, and remove the hooks whatever happens."""
     try:
         model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return kept
 
 
 def largest_channel(stream: Tensor) -> int:
@@ -325,11 +331,7 @@ def _additions(model: nn.Module, images: Tensor, embedding: Tensor) -> dict[str,
         writer.register_forward_hook(lambda m, _a, output, name=name: added.update({name: (output, m.bias)}))
         for name, writer in writers.items()
     ]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, images, handles)
     return added
 
 
@@ -357,11 +359,7 @@ def largest_input_norms(model: nn.Module, images: Tensor) -> dict[str, float]:
         )
         for name, linear in layers.items()
     ]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, images, handles)
     return {name: norms[name] for name in layers}
 
 

@@ -12,33 +12,43 @@ from typing import Any
 
 import pandas as pd
 
-from s2d.lab.files import write_text
+from s2d.files import write_text
+from s2d.lab.dependencies import DRAWING, closure, code_hash, notebook_modules
 from s2d.lab.paths import output_root, repository_root
 
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "matplotlib")
 
 
-def source_hash() -> str:
-    """Hash of the package's source files: two tables with the same hash were made by the same code."""
-    package = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def provenance(notebook: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(made_by: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """What a reader needs to make a result again.
 
     Args:
-        notebook: stem of the notebook.
+        made_by: stem of the notebook, or the module (``s2d.lab.tuning``), that makes it.
         parameters: the notebook's parameters, seeds among them.
 
     Returns:
-        Plain JSON types; no time stamps and no machine names, so that a second run gives the same bytes.
+        Plain JSON types; no time stamps and no machine names, so that a second run gives the same bytes. ``source``
+        hashes the code that the notebook imports, and what that imports in turn: not drawings, comments or docstrings.
+
+    Raises:
+        FileNotFoundError: if there is no such notebook.
+
+    Example:
+        >>> sorted(provenance("s2d.lab.tuning", {"seeds": [0]}))
+        ['notebook', 'parameters', 'source', 'versions']
     """
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    return {"notebook": notebook, "parameters": dict(parameters), "source": source_hash(), "versions": versions}
+    source = code_hash(closure(_modules(made_by), without=DRAWING))
+    return {"notebook": made_by, "parameters": dict(parameters), "source": source, "versions": versions}
+
+
+def _modules(made_by: str) -> list[str]:
+    if made_by.startswith("s2d."):
+        return [made_by]
+    path = repository_root() / "notebooks" / f"{made_by}.ipynb"
+    if not path.is_file():
+        raise FileNotFoundError(f"no notebook notebooks/{made_by}.ipynb: give the stem of the one that calls this")
+    return notebook_modules(path)
 
 
 def _table_folder(run: str) -> Path:
@@ -51,7 +61,8 @@ def save_table(table: pd.DataFrame, name: str, *, run: str, source: Mapping[str,
     """Write ``data/<run>/<name>.csv`` and beside it ``<name>.json`` with its provenance.
 
     Args:
-        table: no index is written.
+        table: no index is written. One that was read from a committed table (:class:`s2d.lab.study.Study`) keeps the
+            provenance it came with.
         name: file stem.
         run: output label, usually the scale.
         source: from :func:`provenance`.
@@ -64,57 +75,47 @@ def save_table(table: pd.DataFrame, name: str, *, run: str, source: Mapping[str,
     if run == "paper":
         raise ValueError("run is 'paper': data/paper holds what the paper reports, and nothing measured here")
     path = output_root() / _table_folder(run) / f"{name}.csv"
-    described = json.dumps(source, indent=1, sort_keys=True) + "\n"
+    described = json.dumps(table.attrs.get("provenance", source), indent=1, sort_keys=True) + "\n"
     rows = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_text(path.with_suffix(".json"), described)
     write_text(path, rows)
     return path
 
 
-def _existing(file: str, run: str) -> Path | None:
-    """``data/<run>/<file>``: one just written, else the committed one."""
-    candidates = (root / _table_folder(run) / file for root in (output_root(), repository_root()))
-    return next((path for path in candidates if path.exists()), None)
+def _existing(name: str, run: str) -> Path:
+    """The file of a table: one just written, else the committed one."""
+    own_run, _, stem = name.rpartition("/")
+    file = _table_folder(own_run or run) / f"{stem}.csv"
+    paths = (root / file for root in (output_root(), repository_root()))
+    found = next((path for path in paths if path.exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"no table {file.as_posix()}: run `make figures SCALE={run}` or the notebook that writes it"
+        )
+    return found
 
 
 def load_table(name: str, *, run: str) -> pd.DataFrame:
     """Read ``data/<run>/<name>.csv``: one just written, else the committed one.
 
+    Args:
+        name: file stem; ``laptop/tuning`` names the run itself, for a table that is the same at every scale.
+        run: output label, usually the scale.
+
     Raises:
         FileNotFoundError: naming the notebook to run.
     """
-    path = _existing(f"{name}.csv", run)
-    if path is None:
-        raise FileNotFoundError(
-            f"no table data/{run}/{name}.csv: run `make figures SCALE={run}` or the notebook that writes it"
-        )
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return pd.read_csv(_existing(name, run), keep_default_na=False, na_values=[""])
 
 
-def load_sources(names: Sequence[str], *, run: str) -> dict[str, Any]:
-    """The provenance of several tables, for the figures drawn from them."""
-    paths = {name: _existing(f"{name}.json", run) for name in names}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path is not None}
-
-
-def mean_and_spread(table: pd.DataFrame, by: list[str], values: list[str]) -> pd.DataFrame:
-    """Mean and sample standard deviation over the seeds of each group.
+def table_digests(names: Sequence[str], *, run: str) -> dict[str, str]:
+    """What identifies the content of some tables: SHA-256 of their files.
 
     Args:
-        table: long, with one row a seed and group.
-        by: grouping columns, kept in order of appearance.
-        values: columns to average.
+        names: as :func:`load_table` takes them.
+        run: output label, usually the scale.
 
-    Returns:
-        ``by`` + ``seeds`` (how many) + for each value ``<value>`` and ``<value>_std``.
-
-    Example:
-        >>> t = pd.DataFrame({"variant": ["a", "a"], "seed": [0, 1], "accuracy": [0.5, 0.7]})
-        >>> float(mean_and_spread(t, ["variant"], ["accuracy"]).accuracy.iloc[0])
-        0.6
+    Raises:
+        FileNotFoundError: naming the notebook to run.
     """
-    groups = table.groupby(by, sort=False, dropna=False)
-    out = groups["seed"].nunique().rename("seeds").to_frame()
-    for value in values:
-        out[value], out[f"{value}_std"] = groups[value].mean(), groups[value].std(ddof=1)
-    return out.reset_index()
+    return {name: hashlib.sha256(_existing(name, run).read_bytes()).hexdigest() for name in names}

@@ -19,6 +19,6 @@ def begin(seed: int) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    from s2d.lab.plotting import use_style
+    from s2d.lab.figures.style import use_style
 
     use_style()

@@ -1,49 +1,41 @@
 """Trained checkpoints, memoised on disk by a hash of their whole recipe.
 
-An entry is one safetensors file: the weights in float16, and in its header the recipe, the fingerprint of the code that
-made it, the training history and a checksum of the weights. An entry is used only if all of that agrees with what is
-asked for; one that does not is an error, never a silent substitute.
+An entry is one safetensors file: the weights in float16, and in its header the recipe, the training history, the code
+that made it and a checksum over all of that. An entry is used only if everything in it agrees with what is asked for;
+one that does not is an error that names the file and the repair, never a silent substitute. To look at an entry takes
+no model: none is built, traced or calibrated before :meth:`Trained.model`.
 
-Two folders are searched: ``build/store`` (whatever was trained here) and ``data/laptop/checkpoints`` (committed, so
-that a first run takes minutes). ``$S2D_STORE`` names a single folder instead: the committed entries are then not looked
-at.
+The file's name holds the recipe's key (:mod:`s2d.lab.identity`). The code is not part of it: an entry that other code
+made is used where the ledger (:mod:`s2d.lab.ledger`) has a chain of replays from that code to today's. While the code
+is being edited, ``S2D_ANY_CODE=1`` uses entries without asking for the chain; :mod:`s2d.lab.publish` asks all the same.
+
+Two folders are searched: ``build/store`` (whatever was trained or fetched here) and ``data/laptop/checkpoints``
+(committed, so that a first run takes minutes). ``$S2D_STORE`` names a single folder instead: the committed entries are
+then not looked at.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
 import hashlib
-import io
 import json
-import multiprocessing
 import os
-import sys
-import tokenize
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from s2d.lab import parallel
 from s2d.lab.files import read_tensors, write_tensors
-from s2d.lab.models import DigitsViT
+from s2d.lab.identity import code_hash, describe, kind, recipe_key, versions
+from s2d.lab.ledger import chain, read_ledger
 from s2d.lab.paths import repository_root
-from s2d.lab.training import Optimizer, Recipe, train
+from s2d.lab.training import Recipe, train
 
-# What decides the weights and the history. The regularizer's and the quantizers' files count only for recipes that use
-# them.
-TRAINING_CODE = ("lab/data.py", "lab/models.py", "lab/training.py", "outliers.py")
-S2D_CODE = ("distributed.py", "layers.py", "pcdr.py", "regularizer.py", "spectral.py", "watch.py")
-OPTIMIZER_CODE = ("lab/optimizers.py",)
-QAT_CODE = (
-    "lab/qat.py",
-    *(f"ptq/{name}.py" for name in ("attention", "calibrate", "prepare", "qat", "quantizers", "rtn", "sites", "trace")),
-)
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -54,106 +46,62 @@ class Trained:
         recipe: what was asked for.
         weights: name to float16 tensor.
         history: one row a measurement (step, loss, validation_accuracy, excess_kurtosis, neuron_kurtosis, max_abs).
+        code: kind and code hash of this training and of those it descends from, the first one first.
     """
 
     recipe: Recipe
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
+    code: tuple[tuple[str, str], ...] = ()
 
     @property
     def seed(self) -> int:
         """The seed of the pretraining this descends from: what pairs variants in a table."""
-        before = _starting_point(self.recipe)
-        return self.recipe.seed if before is None else Trained(before, {}, []).seed
+        return self.recipe.origin.seed
 
     def model(self) -> nn.Module:
-        """The model with these weights, float32, in evaluation mode."""
-        model = copy.deepcopy(_blank(self.recipe.model))
-        model.load_state_dict({name: tensor.float() for name, tensor in self.weights.items()})
+        """The model with these weights, float32, in evaluation mode.
+
+        Raises:
+            ValueError: if the weights do not fit the model that the recipe builds today.
+        """
+        blank = json.dumps(describe([self.recipe.model, self.recipe.prepare, self.recipe.data]))
+        if blank not in _BLANKS:
+            _BLANKS[blank] = self.recipe.blank()
+        model = copy.deepcopy(_BLANKS[blank])
+        try:
+            model.load_state_dict({name: tensor.float() for name, tensor in self.weights.items()})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the weights are of another architecture than {self.recipe.model}: {reason}") from error
         return model.eval()
 
 
-def _code_only(path: Path) -> str:
-    """Source text without comments, docstrings and blank lines: what can change a result."""
-    source = path.read_text(encoding="utf-8")
-    lines, text = source.splitlines(), set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        (first, column), (last, _) = token.start, token.end
-        if token.type == tokenize.COMMENT:
-            lines[first - 1] = lines[first - 1][:column]
-        elif first != last and token.type not in (tokenize.NL, tokenize.NEWLINE):
-            text.update(range(first - 1, last))  # a string over several lines, whose blank lines and spaces count
-    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
-            doc = node.body[0]
-            before, after = (
-                lines[doc.lineno - 1][: doc.col_offset],
-                lines[doc.end_lineno - 1].encode()[doc.end_col_offset :],
-            )
-            if not before.strip() and not after.strip():  # beside code on its line it stays, and counts
-                rows = range(doc.lineno - 1, doc.end_lineno)
-                text.difference_update(rows)
-                for row in rows:
-                    lines[row] = ""
-    return "\n".join(
-        line if row in text else line.rstrip() for row, line in enumerate(lines) if row in text or line.strip()
-    )
+_BLANKS: dict[str, nn.Module] = {}  # models to load weights into, each built once: that of QAT is calibrated for it
 
 
-def _starting_point(recipe: Recipe) -> Recipe | None:
-    """The recipe whose result this one goes on from: by fine-tuning, or by QAT (:mod:`s2d.lab.qat`)."""
-    return recipe.start or getattr(recipe.model, "of", None)
+def file_name(recipe: Recipe) -> str:
+    """The name of a recipe's entry: what it is, for people, and its key.
 
-
-@cache
-def code_fingerprint(with_s2d: bool, with_qat: bool = False, with_optimizers: bool = False) -> str:
-    """Hash of the code that a training run depends on; comments and docstrings do not count."""
-    package = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    extra = [(with_s2d, S2D_CODE), (with_qat, QAT_CODE), (with_optimizers, OPTIMIZER_CODE)]
-    for name in TRAINING_CODE + tuple(name for used, code in extra if used for name in code):
-        digest.update(f"{name}\n{_code_only(package / name)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _uses_s2d(recipe: Recipe) -> bool:
-    before = _starting_point(recipe)
-    return recipe.s2d is not None or (before is not None and _uses_s2d(before))
-
-
-def _uses_other_optimizers(recipe: Recipe) -> bool:
-    before = _starting_point(recipe)
-    return type(recipe.optimizer) is not Optimizer or (before is not None and _uses_other_optimizers(before))
-
-
-def _fingerprint(recipe: Recipe) -> str:
-    return code_fingerprint(_uses_s2d(recipe), hasattr(recipe.model, "of"), _uses_other_optimizers(recipe))
-
-
-def recipe_key(recipe: Recipe) -> str:
-    """The hash that names an entry: recipe (with all it starts from) and code."""
-    identity = {"recipe": recipe.as_dict(), "code": _fingerprint(recipe)}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _file_name(recipe: Recipe) -> str:
-    kind = "qat" if hasattr(recipe.model, "of") else "finetune" if recipe.start is not None else "pretrain"
+    Example:
+        >>> from s2d.lab.recipes import pretraining
+        >>> file_name(pretraining("sgd", seed=1)).startswith("pretrain-sgd-seed1-")
+        True
+    """
+    stage = "pretrain" if recipe.start is None else "finetune"
+    stage = stage if recipe.prepare is None else recipe.prepare.stage
     method = recipe.optimizer.name + ("-s2d" if recipe.s2d is not None else "")
-    return f"{kind}-{method}-seed{recipe.seed}-{recipe_key(recipe)}.safetensors"
+    return f"{stage}-{method}-seed{recipe.seed}-{recipe_key(recipe)}.safetensors"
 
 
-def _checksum(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def checksum(weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """One hash over names, shapes, types and values of the weights and over everything said about them."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(weights):
         tensor = weights[name].contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else bytes(str(tensor.item()), "ascii"))
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _history_checksum(history: list[dict[str, float]] | None) -> str:
-    return hashlib.sha256(json.dumps(history, sort_keys=True).encode()).hexdigest()
 
 
 def committed_folder() -> Path:
@@ -168,94 +116,141 @@ def store_folders() -> list[Path]:
     return [repository_root() / "build" / "store", committed_folder()]
 
 
+def find_file(recipe: Recipe) -> Path | None:
+    """The file of a recipe's entry, unread, or None when there is none."""
+    paths = (folder / file_name(recipe) for folder in store_folders())
+    return next((path for path in paths if path.exists()), None)
+
+
 def find(recipe: Recipe) -> Trained | None:
     """The stored result of a recipe, or None when there is none.
 
     Raises:
-        ValueError: if an entry has the right name but is truncated, foreign, or of another architecture.
+        ValueError: see :func:`load`; with ``S2D_ANY_CODE`` set, not for the code.
     """
-    for folder in store_folders():
-        path = folder / _file_name(recipe)
-        if path.exists():
-            return _load(path, recipe)
-    return None
+    path = find_file(recipe)
+    return None if path is None else load(path, recipe, any_code=bool(os.environ.get("S2D_ANY_CODE")))
 
 
-def _load(path: Path, recipe: Recipe) -> Trained:
+def load(path: Path, recipe: Recipe, *, any_code: bool = False) -> Trained:
+    """Read an entry and check everything that can be checked without building a model.
+
+    Args:
+        path: the entry.
+        recipe: whose result it has to be.
+        any_code: use it whatever code made it.
+
+    Raises:
+        ValueError: if it is truncated, of another schema or recipe, damaged, not finite, or made by code from which no
+            chain of replays leads to today's.
+    """
+    repair = "delete it, then train (make figures) or fetch (make fetch) it again"
     weights, metadata = read_tensors(path)
-    if metadata.get("key") != recipe_key(recipe) or metadata.get("recipe") != recipe.as_dict():
-        raise ValueError(f"{path} holds the result of another recipe than its name says: delete it and run again")
-    if metadata.get("checksum") != _checksum(weights):
-        raise ValueError(f"{path} is damaged (its weights do not match their checksum): delete it and run again")
-    if metadata.get("history_checksum") != _history_checksum(metadata.get("history")):
-        raise ValueError(f"{path} is damaged (its history does not match its checksum): delete it and run again")
-    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != _shapes(recipe.model):
-        raise ValueError(f"{path} is of another architecture than {recipe.model}: delete it and run again")
-    return Trained(recipe, weights, metadata["history"])
+    schema = metadata.get("schema") if isinstance(metadata, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema} and this code reads {SCHEMA}: {repair}")
+    said = {name: value for name, value in metadata.items() if name != "checksum"}
+    if metadata.get("checksum") != checksum(weights, said):
+        raise ValueError(f"{path} is damaged (it does not match its checksum): {repair}")
+    if said["key"] != recipe_key(recipe) or said["recipe"] != describe(recipe):
+        raise ValueError(f"{path} holds the result of another recipe than its name says: {repair}")
+    if said["shapes"] != _shapes(weights) or not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError(f"{path} holds weights of another shape than it says, or some that are not finite: {repair}")
+    code = tuple(tuple(pair) for pair in said["code"])
+    if not any_code:
+        check_code(path, recipe, code)
+    return Trained(recipe, weights, said["history"], code)
 
 
-@cache
-def _blank(model: DigitsViT) -> nn.Module:
-    """A model to load weights into, built once: that of QAT is calibrated for it."""
-    return model.build(0)
+def check_code(path: Path, recipe: Recipe, code: Sequence[tuple[str, str]]) -> None:
+    """Refuse an entry unless the ledger leads from the code that made it, and made what it began with, to today's.
+
+    Args:
+        path: named in the error.
+        recipe: of the entry.
+        code: kind and code hash of each training, the first one first.
+
+    Raises:
+        ValueError: naming the kind and the repair.
+    """
+    lineage = [recipe]
+    while lineage[0].start is not None:
+        lineage.insert(0, lineage[0].start)
+    for step, (made_kind, made) in zip(lineage, code, strict=True):
+        if (kind(step), code_hash(step)) == (made_kind, made):
+            continue
+        if made_kind != kind(step) or chain(made, code_hash(step), made_kind, read_ledger()) is None:
+            raise ValueError(
+                f"{path}: its {made_kind} was trained by other code ({made}; today's is {code_hash(step)}), and the "
+                "ledger has no replay that leads from there to here. Measure whether the numbers are the same (make "
+                "replay AGAINST=<commit of that code>), or raise the version of what changed in s2d/lab/identity.py "
+                "and train again. S2D_ANY_CODE=1 uses it all the same, while you edit"
+            )
 
 
-@cache
-def _shapes(model: DigitsViT) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in _blank(model).state_dict().items()}
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(weights[name].shape) for name in sorted(weights)}
 
 
-def _train_and_store(recipe: Recipe, progress=lambda steps: None) -> None:
-    """Train one recipe whose start, if any, is stored already."""
-    start = None
-    if recipe.start is not None:
-        found = find(recipe.start)
-        if found is None:
-            raise ValueError(f"the checkpoint to fine-tune is not in the store: {_file_name(recipe.start)}")
-        start = found.weights
-    path = store_folders()[0] / _file_name(recipe)
-    partial = path.with_suffix(".partial")
-    weights, history = train(recipe, start, partial=partial, progress=progress)
-    metadata = {
+def write_entry(
+    path: Path,
+    recipe: Recipe,
+    weights: Mapping[str, Tensor],
+    history: Sequence[Mapping[str, float]],
+    code: Sequence[tuple[str, str]],
+) -> None:
+    """Write one entry, atomically.
+
+    Args:
+        path: where to.
+        recipe: what was trained.
+        weights, history: from :func:`s2d.lab.training.train`.
+        code: see :class:`Trained`.
+    """
+    said = {
+        "schema": SCHEMA,
         "key": recipe_key(recipe),
-        "recipe": recipe.as_dict(),
-        "code": _fingerprint(recipe),
-        "checksum": _checksum(weights),
-        "history_checksum": _history_checksum(history),
+        "recipe": describe(recipe),
+        "versions": versions(recipe),
+        "code": [list(pair) for pair in code],
+        "shapes": _shapes(weights),
         "torch": torch.__version__,
-        "history": history,
+        "history": list(history),
     }
-    write_tensors(path, weights, metadata)
+    said = json.loads(json.dumps(said))
+    write_tensors(path, weights, said | {"checksum": checksum(weights, said)})
 
 
-_counter = None  # steps done by all workers; set in each worker by its initializer
+def train_and_store(recipe: Recipe, progress=lambda steps: None) -> None:
+    """Train one recipe whose start, if any, is stored already.
+
+    An unfinished run is kept under a name that holds the hash of its code, so that it is never continued by other code.
+
+    Args:
+        recipe: what to train.
+        progress: called with the number of steps just done.
+
+    Raises:
+        ValueError: if the start is not stored; see :func:`s2d.lab.training.train`.
+    """
+    start = None if recipe.start is None else find(recipe.start)
+    if recipe.start is not None and start is None:
+        raise ValueError(f"the checkpoint to fine-tune is not in the store: {file_name(recipe.start)}")
+    own = (kind(recipe), code_hash(recipe))
+    path = store_folders()[0] / file_name(recipe)
+    partial = path.with_name(f"{path.stem}-{own[1]}.partial")
+    weights, history = train(recipe, None if start is None else start.weights, partial=partial, progress=progress)
+    write_entry(path, recipe, weights, history, (*(() if start is None else start.code), own))
 
 
-def _start_worker(counter) -> None:
-    global _counter
-    _counter = counter
-    torch.set_num_threads(1)
-
-
-def _work(recipe: Recipe) -> None:
-    parent = multiprocessing.parent_process()
-
-    def progress(steps: int) -> None:
-        if not parent.is_alive():  # it was killed: an orphan would go on training for minutes, unseen
-            os._exit(1)  # an exception would only be handed to a pool that nobody reads
-        with _counter.get_lock():
-            _counter.value += steps
-
-    _train_and_store(recipe, progress)
-
-
-def _with_starts(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """The recipes and everything they start from, each once, starts first."""
+def _missing(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes that are not stored, and what these start from where that is not stored: each once, starts first."""
     ordered: dict[str, Recipe] = {}
     for recipe in recipes:
-        before = _starting_point(recipe)
-        for needed in [*(_with_starts([before]) if before is not None else []), recipe]:
-            ordered.setdefault(recipe_key(needed), needed)
+        if recipe_key(recipe) not in ordered and find_file(recipe) is None:
+            before = [] if recipe.start is None else _missing([recipe.start])
+            for needed in [*before, recipe]:
+                ordered.setdefault(recipe_key(needed), needed)
     return list(ordered.values())
 
 
@@ -276,17 +271,17 @@ def obtain(recipes: Sequence[Recipe], *, workers: int | None = None) -> list[Tra
         RuntimeError: if a training process dies.
 
     Example:
-        >>> from s2d.lab.recipes import pretraining
-        >>> obtain([pretraining("adamw", seed=0)])[0].recipe.optimizer.name  # from the committed store
-        'adamw'
+        >>> obtain([])
+        []
     """
-    stored = {recipe_key(recipe): find(recipe) for recipe in _with_starts(recipes)}
-    missing = [recipe for recipe in _with_starts(recipes) if stored[recipe_key(recipe)] is None]
+    missing = _missing(recipes)
+    # What is there is read first: an entry that cannot be used is reported before hours of training, not after.
+    needed = {recipe_key(r): r for r in [*recipes, *(r.start for r in missing if r.start is not None)]}
+    stored = {key: find(recipe) for key, recipe in needed.items()}
     if missing:
-        workers = workers or int(os.environ.get("S2D_WORKERS") or os.cpu_count() or 1)
-        if any(recipe.device != "cpu" for recipe in missing):
-            workers = 1  # runs on one accelerator follow each other
-        _train_all(missing, workers)
+        # Runs on one accelerator follow each other.
+        accelerated = any(recipe.device != "cpu" for recipe in missing)
+        _train_all(missing, 1 if accelerated else parallel.worker_count(workers))
         stored |= {recipe_key(recipe): find(recipe) for recipe in missing}
     return [stored[recipe_key(recipe)] for recipe in recipes]
 
@@ -305,70 +300,20 @@ def obtain_checkpoints(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, lis
 
 
 def _train_all(missing: list[Recipe], workers: int) -> None:
-    from tqdm import tqdm
-
-    keys = {recipe_key(recipe) for recipe in missing}
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    total = sum(recipe.steps for recipe in missing)
-    pool = ProcessPoolExecutor(min(workers, len(missing)), context, initializer=_start_worker, initargs=(counter,))
-    # No bar is redrawn more than every few seconds: in a log each redraw is a line.
-    bar = tqdm(total=total, unit="step", desc=f"training {len(missing)} runs", file=sys.stderr, mininterval=5)
-    waiting, running = list(missing), {}
-    try:
-        while waiting or running:
-            for recipe in list(waiting):
-                # A run can begin once what it starts from is stored.
-                before = _starting_point(recipe)
-                if before is None or recipe_key(before) not in keys:
-                    running[pool.submit(_work, recipe)] = recipe
-                    waiting.remove(recipe)
-            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            bar.update(counter.value - bar.n)
-            for future in done:
-                recipe = running.pop(future)
-                try:
-                    future.result()
-                except BrokenProcessPool as error:
-                    raise RuntimeError(
-                        f"a training process died (out of memory?) during {_file_name(recipe)}; run again to resume"
-                    ) from error
-                keys.discard(recipe_key(recipe))
-    finally:
-        bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()) if running else []:
-            process.terminate()  # an interrupted run resumes from its last save
+    """Train recipes in worker processes, each once what it starts from is stored."""
+    place = {recipe_key(recipe): index for index, recipe in enumerate(missing)}
+    starts = [None if recipe.start is None else place.get(recipe_key(recipe.start)) for recipe in missing]
+    parallel.run(
+        _train,
+        [(recipe,) for recipe in missing],
+        names=[file_name(recipe) for recipe in missing],
+        workers=workers,
+        unit="step",
+        total=sum(recipe.steps for recipe in missing),
+        after=[set() if start is None else {start} for start in starts],
+        label=f"training {len(missing)} runs",
+    )
 
 
-def publish(recipes: Sequence[Recipe]) -> list[Path]:
-    """Make the committed folder hold exactly the given recipes (and what they start from), copied from the store.
-
-    Raises:
-        ValueError: if one of them has not been trained.
-    """
-    wanted = {}
-    for recipe in _with_starts(recipes):
-        source = next((f / _file_name(recipe) for f in store_folders() if (f / _file_name(recipe)).exists()), None)
-        if source is None:
-            raise ValueError(f"{_file_name(recipe)} is not in the store: train it first (make figures)")
-        _load(source, recipe)
-        wanted[_file_name(recipe)] = source.read_bytes()
-    folder = committed_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.safetensors"):
-        if path.name not in wanted:
-            path.unlink()
-    from s2d.lab.files import write_atomically
-
-    for name, content in wanted.items():
-        if not (folder / name).exists() or (folder / name).read_bytes() != content:
-            write_atomically(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
-    return sorted(folder / name for name in wanted)
-
-
-if __name__ == "__main__":
-    from s2d.lab.recipes import laptop_recipes
-
-    for published in publish(laptop_recipes()):
-        print(published.relative_to(repository_root()), f"{published.stat().st_size / 1e6:.2f} MB")
+def _train(recipe: Recipe) -> None:
+    train_and_store(recipe, parallel.report)

@@ -1,17 +1,18 @@
 """Training one recipe: a plain loop that can be interrupted anywhere and resumes as if it had not been.
 
-This file is part of a stored checkpoint's identity (see :mod:`s2d.lab.store`): it holds what decides the weights and
-nothing else.
+The code that a stored checkpoint depends on is this module and what it imports (see :mod:`s2d.lab.identity`), so it
+holds what decides the weights and nothing else. It knows nothing of quantization: what a recipe does to the model
+before it is trained is a :class:`Preparation`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,25 @@ class Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
 
 
+class Preparation(ABC):
+    """What is done to the model between its start weights and the first step; subclasses are frozen dataclasses.
+
+    Attributes:
+        stage: the word for it in file names.
+    """
+
+    stage: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, model: nn.Module, data: ClutteredDigits) -> nn.Module:
+        """The model to train. Names and shapes of its state must depend on the recipe alone, never on the weights.
+
+        Args:
+            model: with the start weights, on the CPU; may be changed.
+            data: the recipe's.
+        """
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a trained checkpoint.
@@ -60,8 +80,9 @@ class Recipe:
     Attributes:
         seed: seed of the initial weights (when there is no ``start``) and of the training stream.
         steps: optimizer steps; the learning rate rises linearly over ``warmup`` of them and falls linearly to 0 over
-            the last fifth.
+            the last half.
         start: the recipe whose result is fine-tuned, or None to train from scratch.
+        prepare: what is done to the model once the start weights are loaded, or None.
         s2d: keyword arguments of :class:`s2d.SelectiveSpectralDecay`, or None to train without it.
     """
 
@@ -73,6 +94,7 @@ class Recipe:
     data: ClutteredDigits = field(default_factory=ClutteredDigits)
     model: DigitsViT = field(default_factory=DigitsViT)
     start: Recipe | None = None
+    prepare: Preparation | None = None
     s2d: dict[str, Any] | None = None
     measure_every: int = 250
     device: str = "cpu"
@@ -87,16 +109,26 @@ class Recipe:
             raise ValueError(f"canvas {self.data.canvas} and model image_size {self.model.image_size} must be equal")
         if self.start is not None and self.start.model != self.model:
             raise ValueError(f"cannot fine-tune {self.start.model} as {self.model}: the architectures differ")
+        if self.start is not None and self.start.prepare is not None:
+            raise ValueError(
+                f"cannot start from a model prepared by {self.start.prepare}: start from what that began with"
+            )
 
-    def as_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON types."""
-        return json.loads(json.dumps(asdict(self)))
+    @property
+    def origin(self) -> Recipe:
+        """The pretraining that this descends from."""
+        return self if self.start is None else self.start.origin
+
+    def blank(self) -> nn.Module:
+        """A prepared model on the CPU, to load this recipe's result into; its values are of no account."""
+        model = self.model.build(0)
+        return model if self.prepare is None else self.prepare.apply(model, self.data)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, a plateau, and a linear descent to zero over the last fifth."""
+    """Linear warm-up, a plateau, and a linear descent to zero over the last half."""
     rise = (step + 1) / max(1, recipe.warmup)
-    fall = (recipe.steps - step) / max(1, recipe.steps // 5)
+    fall = (recipe.steps - step) / max(1, recipe.steps // 2)
     return recipe.optimizer.lr * min(rise, 1.0, fall)
 
 
@@ -126,6 +158,112 @@ def residual_statistics(model: nn.Module, images: Tensor) -> dict[str, float]:
     }
 
 
+class Run:
+    """A training under way, from its start or from any step of its schedule.
+
+    Args:
+        recipe: what is trained.
+        start: weights to begin with; by default freshly initialised ones.
+
+    Attributes:
+        history: the measurements so far.
+    """
+
+    def __init__(self, recipe: Recipe, start: Mapping[str, Tensor] | None = None) -> None:
+        self.recipe, self.history = recipe, []
+        model = recipe.model.build(recipe.seed)
+        if start is not None:
+            model.load_state_dict({name: tensor.float() for name, tensor in start.items()})
+        if recipe.prepare is not None:
+            model = recipe.prepare.apply(model, recipe.data)
+        self.model = model.to(recipe.device)
+        self.optimizer = recipe.optimizer.build(model)
+        self.decay = None
+        if recipe.s2d is not None:
+            from s2d.regularizer import SelectiveSpectralDecay
+
+            self.decay = SelectiveSpectralDecay(model, **recipe.s2d)
+            self.decay.attach(self.optimizer)
+        self._loss = 0.0
+        self._calibration, _ = recipe.data.fixed_set("calibration", MEASURE_IMAGES)
+        self._validation = recipe.data.fixed_set("validation", VALIDATION_IMAGES)
+
+    def step(self, step: int) -> Tensor:
+        """Take one step of the schedule, with the learning rate and the images of ``step``.
+
+        Returns:
+            The loss before it, a scalar.
+
+        Raises:
+            ValueError: if the loss is found to be non-finite, which is looked at where it is measured.
+        """
+        recipe = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        images, labels = recipe.data.training_batch(recipe.batch_size, seed=recipe.seed, step=step)
+        self.model.train()
+        loss = F.cross_entropy(self.model(images.to(recipe.device)), labels.to(recipe.device))
+        if step % recipe.measure_every == 0:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise ValueError(f"the loss is {value} at step {step}: lower lr={recipe.optimizer.lr}")
+            self._measure(step, value)
+            self.model.train()
+        loss.backward()
+        if recipe.optimizer.clip > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss = loss.detach()
+        return self._loss
+
+    def _measure(self, step: int, loss: float) -> None:
+        row = {"step": step, "loss": loss, "validation_accuracy": accuracy(self.model, *self._validation)}
+        if self.decay is not None:
+            row["selected_layers"] = sum(row["rank"] > 0 for row in self.decay.report())
+        self.history.append(row | residual_statistics(self.model, self._calibration))
+
+    def finish(self) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        """Round the weights to float16 and measure these.
+
+        Returns:
+            The weights and the whole history.
+
+        Raises:
+            ValueError: if the weights are not finite.
+        """
+        final = {name: tensor.detach().cpu().half() for name, tensor in self.model.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in final.values()):
+            raise ValueError(f"the weights are not finite after training: lower lr={self.recipe.optimizer.lr}")
+        self.model.load_state_dict({name: tensor.float() for name, tensor in final.items()})
+        self._measure(self.recipe.steps, float(self._loss))
+        return final, self.history
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on, beside the history: of model, optimizer and S2D."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
+        if self.decay is not None:
+            tensors |= {f"decay.{name}": value for name, value in self.decay.state_dict().items()}
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from a :meth:`state`."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if self.decay is not None:
+            self.decay.load_state_dict(part("decay."))
+
+
 def train(
     recipe: Recipe,
     start: dict[str, Tensor] | None = None,
@@ -153,87 +291,23 @@ def train(
     """
     if (start is None) != (recipe.start is None):
         raise ValueError("start weights must be given exactly when the recipe has a start")
-    model = recipe.model.build(recipe.seed)
-    if start is not None:
-        model.load_state_dict({name: tensor.float() for name, tensor in start.items()})
-    model.to(recipe.device)
-    optimizer = recipe.optimizer.build(model)
-    decay = None
-    if recipe.s2d is not None:
-        from s2d.regularizer import SelectiveSpectralDecay
-
-        decay = SelectiveSpectralDecay(model, **recipe.s2d)
-        decay.attach(optimizer)
-
-    first, history = 0, []
+    run, first = Run(recipe, start), 0
     if partial is not None and partial.exists():
-        first, history = _load_partial(partial, model, optimizer, decay)
+        tensors, metadata = read_tensors(partial)
+        run.load_state(tensors)
+        first, run.history = metadata["step"], metadata["history"]
         progress(first)
-    calibration, _ = recipe.data.fixed_set("calibration", MEASURE_IMAGES)
-    validation, validation_labels = recipe.data.fixed_set("validation", VALIDATION_IMAGES)
-
-    def measure(step: int, loss: float) -> None:
-        row = {"step": step, "loss": loss, "validation_accuracy": accuracy(model, validation, validation_labels)}
-        if decay is not None:
-            row["selected_layers"] = sum(row["rank"] > 0 for row in decay.report())
-        history.append(row | residual_statistics(model, calibration))
-
     step = first
     try:
         for step in range(first, recipe.steps):
             if partial is not None and step > first and step % save_every == 0:
-                _save_partial(partial, step, history, model, optimizer, decay)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
-            images, labels = recipe.data.training_batch(recipe.batch_size, seed=recipe.seed, step=step)
-            model.train()
-            loss = F.cross_entropy(model(images.to(recipe.device)), labels.to(recipe.device))
-            if step % recipe.measure_every == 0:
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise ValueError(f"the loss is {value} at step {step}: lower lr={recipe.optimizer.lr}")
-                measure(step, value)
-                model.train()
-            loss.backward()
-            if recipe.optimizer.clip > 0:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                write_tensors(partial, run.state(), {"step": step, "history": run.history})
+            run.step(step)
             progress(1)
     except KeyboardInterrupt:
         # A step that was cut short may have changed the weights: only saves at step boundaries are trusted.
         raise KeyboardInterrupt(f"interrupted at step {step}; run again to resume") from None
-    final = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items()}
-    if not all(tensor.isfinite().all() for tensor in final.values()):
-        raise ValueError(f"the weights are not finite after training: lower lr={recipe.optimizer.lr}")
-    model.load_state_dict({name: tensor.float() for name, tensor in final.items()})
-    measure(recipe.steps, loss.item())
+    final, history = run.finish()
     if partial is not None:
         partial.unlink(missing_ok=True)
     return final, history
-
-
-def _save_partial(path, step, history, model, optimizer, decay) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
-    if decay is not None:
-        tensors |= {f"decay.{name}": value for name, value in decay.state_dict().items()}
-    write_tensors(path, tensors, {"step": step, "history": history})
-
-
-def _load_partial(path, model, optimizer, decay) -> tuple[int, list[dict[str, float]]]:
-    tensors, metadata = read_tensors(path)
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    model.load_state_dict(part("model."))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in part("optimizer.").items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    if decay is not None:
-        decay.load_state_dict(part("decay."))
-    return metadata["step"], metadata["history"]

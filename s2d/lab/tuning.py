@@ -1,9 +1,10 @@
-"""How the fine-tuning settings were chosen: every variant at several strengths, judged on the validation split alone.
+"""How the fine-tuning settings were chosen: every variant at four settings, judged on the validation split alone.
 
-    python -m s2d.lab.tuning        (about half an hour on two cores; resumes where it was stopped)
+    python -m s2d.lab.tuning        (about twenty minutes on two cores; resumes where it was stopped)
 
-writes ``data/laptop/tuning.csv`` and prints the winners, which :mod:`s2d.lab.recipes` holds as ``SETTINGS``. The test
-split is not looked at, nor are the seeds on which the winners are compared (``EVIDENCE_SEEDS``).
+writes ``data/laptop/tuning.csv`` and prints the winners, which :mod:`s2d.lab.recipes` holds as ``SETTINGS`` and
+``FINETUNE_LR``. Every variant is given the same number of settings on the same seeds. The test split is not looked at,
+nor are the seeds on which the winners are compared (``EVIDENCE_SEEDS``).
 """
 
 from __future__ import annotations
@@ -11,97 +12,87 @@ from __future__ import annotations
 import pandas as pd
 
 from s2d.lab.quantization import methods_table, quantization_table
-from s2d.lab.recipes import DECOUPLED, RECIPE_WEIGHT_DECAY, S2D_TUNED, SEEDS, finetuning
+from s2d.lab.recipes import CAP, DECOUPLED, TUNING_SEEDS, finetuning
 from s2d.lab.results import provenance, save_table
 from s2d.lab.store import obtain
 
-TUNING_SEED = 0
 VALIDATION_IMAGES = 1600
-ALLOWED_LOSS = 0.005  # of full-precision accuracy against AdamW at the recipe's weight decay
-SETTING_COLUMNS = ["lr", "steps", "weight_decay", "lam", "tau", "cap", "clip"]
+ALLOWED_LOSS = 0.005  # of full-precision accuracy against AdamW
+LOW_BITS = ("W4A4", "W3A3")
 
-GRID: list[dict] = [
-    {"variant": "AdamW"},
-    *({"variant": "AdamW, tuned weight decay", "weight_decay": wd} for wd in (0.05, 0.2, 0.3, 0.5, 1.0)),
-    {"variant": "AdamW, tuned weight decay", "weight_decay": 0.5, "lr": 1.5e-3},
-    {"variant": "AdamW, tuned weight decay", "weight_decay": 0.5, "lr": 6e-3},
-    {"variant": "AdamW, tuned weight decay", "weight_decay": 0.3, "steps": 2000},
-    *({"variant": "No PCDR", "lam": lam} for lam in (5e-4, 2e-3)),
-    *({"variant": "Top 3 of every layer", "lam": lam} for lam in (2e-3, 5e-3)),
-    *({"variant": "S2D", "lam": lam, "tau": 0.6} for lam in (2e-3, 5e-3, 1e-2, 2e-2)),
-    *({"variant": "S2D", "lam": 5e-3, "tau": tau} for tau in (0.8, 0.3)),
-    *({"variant": S2D_TUNED, "weight_decay": wd} for wd in (0.2, 0.5)),
-    *({"variant": "L2 on every component", "lam": lam} for lam in (1e-3, 5e-3)),
-    *({"variant": "Spectral-norm cap", "cap": cap} for cap in (1.0, 1.5, 2.0, 4.0)),
-    *({"variant": "Gradient clipping", "clip": clip} for clip in (0.1, 1.0)),
-    *({"variant": DECOUPLED, "lam": lam, "weight_decay": RECIPE_WEIGHT_DECAY} for lam in (0.1, 0.2)),
-    *({"variant": DECOUPLED, "lam": lam, "weight_decay": 0.2} for lam in (0.1, 0.2)),
-    {"variant": DECOUPLED, "lam": 0.1, "weight_decay": 0.2, "steps": 2000},
-]
-FINALISTS: list[dict] = [
-    {"variant": "AdamW"},
-    *({"variant": "AdamW, tuned weight decay", "weight_decay": wd} for wd in (0.3, 0.5)),
-    *({"variant": DECOUPLED, "lam": lam, "weight_decay": 0.2} for lam in (0.1, 0.2)),
-]
-"""Settings too close to call on one seed: these are trained on all of ``SEEDS``."""
+_S2D = ({"lam": 1e-3, "tau": 0.6}, {"lam": 5e-3, "tau": 0.6}, {"lam": 2e-2, "tau": 0.6}, {"lam": 5e-3, "tau": 0.8})
+GRID: dict[str, tuple[dict[str, float], ...]] = {
+    # The learning rate is chosen first, and every other variant uses the winner.
+    "AdamW": ({"lr": 5e-4}, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 4e-3}),
+    "AdamW, tuned weight decay": tuple({"weight_decay": wd} for wd in (0.1, 0.3, 0.6, 1.0)),
+    "No PCDR": tuple({"lam": lam} for lam in (2e-4, 1e-3, 5e-3, 2e-2)),
+    "S2D": _S2D,
+    "S2D, live": _S2D,
+    DECOUPLED: tuple({"lam": lam} for lam in (0.03, 0.1, 0.3, 1.0)),
+    CAP: tuple({"cap": cap} for cap in (1.5, 2.0, 3.0, 4.0)),
+}
+"""Variant to the settings that were tried."""
+SETTING_COLUMNS = ["lr", "weight_decay", "lam", "tau", "cap"]
 
 
-def tuning_runs() -> list[tuple[dict, int]]:
-    """Every setting and the seeds it is tried on, in the order of the table."""
-    first = [(setting, TUNING_SEED) for setting in GRID]
-    return first + [(setting, seed) for setting in FINALISTS for seed in SEEDS if seed != TUNING_SEED]
+def tuning_runs() -> list[tuple[str, dict[str, float], int]]:
+    """Variant, setting and seed of every run, in the order of the table."""
+    return [(variant, setting, seed) for variant in GRID for setting in GRID[variant] for seed in TUNING_SEEDS]
 
 
 def tuning_table() -> pd.DataFrame:
     """Validation accuracy of every setting.
 
     Returns:
-        Columns variant, the settings that differ from the variant's own, seed, split, images, FP, then accuracies such
-        as ``RTN W4A4`` (symmetric grid, as in the published figures) and ``ERQ W4A4``.
+        Columns variant, the settings that differ from the variant's own, seed, split, images, FP, accuracies such as
+        ``RTN symmetric W4A4`` and ``ERQ W3A3``, and low_bits: the mean of those, by which the winner is chosen.
     """
     runs = tuning_runs()
-    trained = obtain([finetuning(seed=seed, **setting) for setting, seed in runs])
+    trained = obtain([finetuning(variant, seed, **setting) for variant, setting, seed in runs])
     checkpoints = {str(index): [checkpoint] for index, checkpoint in enumerate(trained)}
     options = {"split": "validation", "images": VALIDATION_IMAGES}
-    rtn = quantization_table(checkpoints, ["FP", "W4A4", "W3A3"], grids=["symmetric"], **options)
-    erq = methods_table(checkpoints, ["W4A4", "W3A3"], methods=["ERQ"], calibration_sets=1, **options)
+    rtn = quantization_table(checkpoints, ["FP", *LOW_BITS], **options)
+    erq = methods_table(checkpoints, LOW_BITS, methods=["ERQ"], calibration_sets=1, **options)
+    rtn["column"] = ("RTN " + rtn.grid + " " + rtn.bits).where(rtn.bits != "FP", "FP")
+    erq["column"] = "ERQ " + erq.bits
+    measured = pd.concat([rtn, erq[erq.method == "ERQ"]])
+    wide = measured.groupby(["variant", "column"], sort=False).accuracy.first().unstack("column")
+    low = [name for name in wide if name != "FP"]
     rows = []
-    for index, (setting, seed) in enumerate(runs):
-        row = {"variant": "", **dict.fromkeys(SETTING_COLUMNS)} | setting
+    for index, (variant, setting, seed) in enumerate(runs):
+        row = {"variant": variant, **dict.fromkeys(SETTING_COLUMNS)} | setting
         row |= {"seed": seed, "split": "validation", "images": VALIDATION_IMAGES}
-        for table, prefix in ((rtn, "RTN "), (erq[erq.method == "ERQ"], "ERQ ")):
-            own = table[table.variant == str(index)]
-            names = [bits if bits == "FP" else prefix + bits for bits in own.bits]
-            row |= dict(zip(names, own.accuracy, strict=True))
-        rows.append(row)
+        own = wide.loc[str(index)]
+        rows.append(row | {"FP": own.FP} | own[low].to_dict() | {"low_bits": own[low].mean()})
     return pd.DataFrame(rows)
 
 
 def winners(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each variant the setting with the best W4A4 accuracy (RTN) among those that keep full precision.
+    """Of each variant the setting with the best mean accuracy at low bits among those that keep full precision.
 
-    "Keep" means within half a point of AdamW at the recipe's weight decay, on the same seeds; where no setting does,
-    the nearest one wins. Settings tried on several seeds count with their mean, and are preferred to those tried on
-    one. Those with more steps than the others are not eligible: what more training gives is no merit of a variant.
+    "Keep" means within half a point of the best AdamW setting in full precision, means over seeds; where no setting
+    does, the one nearest to it wins. AdamW itself is chosen by full precision: it is what everybody starts from.
+
+    Args:
+        table: from :func:`tuning_table`.
+
+    Returns:
+        One row a variant: its setting, FP and low_bits.
     """
-    table = table[table.steps.isna()]
-    setting = [column for column in SETTING_COLUMNS if column in table]
-    results = [column for column in table if column == "FP" or column.startswith(("RTN", "ERQ"))]
-    groups = table.groupby(["variant", *setting], sort=False, dropna=False)
-    means = groups[results].mean().assign(seeds=groups.seed.nunique()).reset_index()
-    adamw = table[table.variant == "AdamW"].set_index("seed").FP
+    means = table.groupby(["variant", *SETTING_COLUMNS], sort=False, dropna=False)[["FP", "low_bits"]].mean()
+    means = means.reset_index()
+    best = means[means.variant == "AdamW"].FP.max()
     chosen = []
-    for _, group in means.groupby("variant", sort=False):
-        group = group[group.seeds == group.seeds.max()]
-        seeds = table.seed.unique() if group.seeds.max() > 1 else [TUNING_SEED]
-        keeping = group[group.FP >= adamw[seeds].mean() - ALLOWED_LOSS]
-        chosen.append(keeping.loc[keeping["RTN W4A4"].idxmax()] if len(keeping) else group.loc[group.FP.idxmax()])
+    for variant, group in means.groupby("variant", sort=False):
+        keeping = group[group.FP >= best - ALLOWED_LOSS]
+        by_full_precision = variant == "AdamW" or keeping.empty
+        chosen.append(group.loc[group.FP.idxmax()] if by_full_precision else keeping.loc[keeping.low_bits.idxmax()])
     return pd.DataFrame(chosen)
 
 
 if __name__ == "__main__":
     result = tuning_table()
-    parameters = {"seeds": list(SEEDS), "grid": GRID, "finalists": FINALISTS}
+    parameters = {"seeds": list(TUNING_SEEDS), "grid": {variant: list(GRID[variant]) for variant in GRID}}
     save_table(result, "tuning", run="laptop", source=provenance("s2d.lab.tuning", parameters))
-    print(result.to_string(index=False))
+    print(result.round(3).to_string(index=False))
     print("\nwinners:\n" + winners(result).to_string(index=False))

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from s2d import __version__
+from s2d.files import write_folder_atomically
+from s2d.packages import need
 
 # Imported so that QUANTIZERS knows their classes; those of the methods come with the package itself.
 from s2d.ptq import log_sqrt2, twin_uniform  # noqa: F401
@@ -47,6 +48,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, overwrit
         ImportError: without the package safetensors.
 
     Example:
+        >>> import tempfile
         >>> from s2d.ptq import quantize
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
         >>> quantized = quantize(model, w_bits=4, a_bits=4, calibration=torch.randn(32, 4))
@@ -59,31 +61,21 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, overwrit
 
     Paper: none.
     """
-    safetensors = _safetensors()
+    safetensors = need("safetensors.torch", "a quantized checkpoint")
     folder = Path(folder)
     check_folder(folder, overwrite=overwrite)
     check_quantized(model)
     description, tensors = _described(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        file = temporary / "new" / TENSORS
-        file.parent.mkdir()
+
+    def fill(new: Path) -> None:
+        file = new / TENSORS
         safetensors.save_file(tensors, file, metadata={"format": "pt"})
-        description["tensors_file"] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        description["sha256"] = _digest(description)
-        (file.parent / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(file.parent / DESCRIPTION, file)  # safetensors writes for the owner alone
-        if overwrite and folder.exists():
-            folder.rename(temporary / "old")
-        try:
-            file.parent.rename(folder)
-        except BaseException:
-            if (temporary / "old").exists():
-                (temporary / "old").rename(folder)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        described = description | {"tensors_file": {"bytes": file.stat().st_size, "sha256": _sha256(file)}}
+        described["sha256"] = _digest(described)
+        (new / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(new / DESCRIPTION, file)  # safetensors writes for the owner alone
+
+    write_folder_atomically(folder, fill, overwrite=overwrite)
 
 
 def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -108,14 +100,6 @@ def check_quantized(model: nn.Module) -> None:
                 f"site {name or '(the model)'} is in mode {site.mode!r}: call s2d.ptq.qat.finish_qat after "
                 "training, or s2d.ptq.sites.set_mode(model, 'quantized')"
             )
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("quantized checkpoints need the package safetensors: pip install safetensors") from error
-    return safetensors.torch
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------
@@ -238,7 +222,7 @@ def load_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modul
 
     Paper: none.
     """
-    safetensors = _safetensors()
+    safetensors = need("safetensors.torch", "a quantized checkpoint")
     folder = Path(folder)
     description = _read_description(folder)
     file = folder / TENSORS

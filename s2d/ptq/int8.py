@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2d.files import write_atomically
 from s2d.ptq.checkpoint import check_quantized
 from s2d.ptq.quantizers import AffineQuantizer, Quantizer
 from s2d.ptq.sites import QuantizedLinear, products, quantized_layers
@@ -195,13 +195,7 @@ def export_int8(model: nn.Module, example: Tensor, path: str | Path) -> None:
         )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with this machine's paths
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.onnx")
-    try:
-        program.save(str(temporary), external_data=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: program.save(str(temporary), external_data=False))
 
 
 def _check_calls(exported: nn.Module, batch: Tensor, replaced: dict[nn.Module, nn.Module]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.layers import _is_conv1d_of_gpt2
+from s2d.layers import is_conv1d_of_gpt2
 from s2d.ptq.attention import SplitAttention
 from s2d.ptq.calibrate import first_items
 from s2d.ptq.sites import (
@@ -208,7 +208,7 @@ def _near(norm: str, names: list[str]) -> bool:
 
 
 def _rows(module: nn.Module) -> int:
-    return module.weight.shape[1] if _is_conv1d_of_gpt2(module) else module.weight.shape[0]
+    return module.weight.shape[1] if is_conv1d_of_gpt2(module) else module.weight.shape[0]
 
 
 def build(model: nn.Module, layout: Layout, *, split: bool = True) -> nn.Module:
@@ -253,7 +253,7 @@ def build(model: nn.Module, layout: Layout, *, split: bool = True) -> nn.Module:
 
 def _site(layer: nn.Module, name: str, known: dict) -> Site:
     kind = next((site for plain, site in _SITES.items() if isinstance(layer, plain)), QuantizedLinear)
-    if _is_conv1d_of_gpt2(layer):
+    if is_conv1d_of_gpt2(layer):
         transposed = nn.Module()
         transposed.weight, transposed.bias = nn.Parameter(layer.weight.detach().t()), layer.bias
         transposed.weight.requires_grad_(layer.weight.requires_grad)

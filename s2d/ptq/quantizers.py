@@ -31,6 +31,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {}
 
 # Below this a step is subnormal: its reciprocal overflows.
 SMALLEST_STEP = torch.finfo(torch.float32).tiny
+# Errors that differ by no more than this part are equal: float32 sums are off by up to a tenth of it.
+TIE = 1e-4
 # What :class:`AffineQuantizer` with calibration="mse" multiplies the range by; first the range itself, which wins ties.
 SHRINK_FACTORS = tuple(i / 100 for i in range(100, 0, -1))
 
@@ -199,6 +201,28 @@ def squared_errors(rows: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, 
             error = steps.round().add_(zero).clamp_(q_min, q_max).sub_(zero).sub_(steps)
             total[:, here] += error.square_().sum(-1)
     return total * scale.double().square()
+
+
+def first_least(errors: Tensor) -> Tensor:
+    """Of several candidates, the first whose error is the least, or above it by no more than a ten-thousandth.
+
+    The one rule of every search in this package. Candidates that are equally good in exact arithmetic (ranges that the
+    same entries fill, grids that coincide) differ by what a processor makes of the sums; their order does not.
+
+    Args:
+        errors: ``(P, ...)``, P candidates.
+
+    Returns:
+        ``(...)``, the index of a candidate, int64.
+
+    Example:
+        >>> first_least(torch.tensor([[3.0, 0.0], [1.00001, 2.0], [1.0, 0.0]])).tolist()
+        [1, 0]
+
+    Paper: none.
+    """
+    least = errors.amin(0)
+    return (errors <= least + TIE * least.abs()).to(torch.uint8).argmax(0)  # the first of the ones
 
 
 def tail_quantiles(rows: Tensor, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -494,13 +518,28 @@ class AffineQuantizer(Quantizer):
         # Both ends together, then each alone: a short end (GELU's negative one) must not shrink with the long one.
         moves = [(factors, factors)] if self.symmetric else [(factors, factors), (kept, factors), (factors, kept)]
         for low_factors, high_factors in moves:
-            low, high = self._best_range(rows, low * low_factors, high * high_factors)
+            low, high = self.best_range(rows, low * low_factors, high * high_factors)
         return low, high
 
-    def _best_range(self, rows: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the candidate ranges, ``(P, G)``, the one of every row with the least squared error."""
+    def best_range(self, rows: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the candidate ranges the one of every row with the least squared error; see :func:`first_least`.
+
+        Args:
+            rows: ``(G, n)``.
+            lows, highs: ``(P, G)``, P candidates a row.
+
+        Returns:
+            Low and high, each ``(G,)``.
+
+        Example:
+            >>> rows = torch.tensor([[-1.0, 0.0, 1.0]])
+            >>> AffineQuantizer(2, symmetric=True).best_range(rows, -torch.tensor([[8.0], [1.0]]), torch.ones(2, 1))
+            (tensor([-1.]), tensor([1.]))
+
+        Paper: none.
+        """
         errors = squared_errors(rows, *self._grid(lows, highs), self.q_min, self.q_max)
-        best = errors.argmin(0, keepdim=True)
+        best = first_least(errors)[None]
         return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
     def set_range(self, low: Tensor | float, high: Tensor | float) -> None:
@@ -632,5 +671,5 @@ def best_percentile_range(
     x = check_observed(x)
     quantizer = AffineQuantizer(n_bits, symmetric=symmetric)
     rows, shape = (x.reshape(1, -1), ()) if axis is None else _channel_rows(x, axis)
-    low, high = quantizer._best_range(rows, *tail_quantiles(rows, percentiles))
+    low, high = quantizer.best_range(rows, *tail_quantiles(rows, percentiles))
     return low.view(shape), high.view(shape)

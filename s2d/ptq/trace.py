@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from s2d.layers import _is_conv1d_of_gpt2
+from s2d.layers import is_conv1d_of_gpt2
 from s2d.ptq.attention import call_kind
-from s2d.ptq.sites import _ATTENTION, CONVOLUTIONS, factors, positional
+from s2d.ptq.sites import CONVOLUTIONS, factors, positional
 
 MARK = "_s2d_origin"
+_ATTENTION = F.scaled_dot_product_attention  # as torch made it, whatever a library puts in its place later
 
 # Functions that move entries about, and leave each one, and the channels' place at the end, as they are.
 _MOVES = {
@@ -83,7 +84,7 @@ class Trace:
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a Linear layer or a convolution whose forward is the plain product."""
     plain = next((kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(module, kind)), None)
-    return _is_conv1d_of_gpt2(module) or (plain is not None and type(module).forward is plain.forward)
+    return is_conv1d_of_gpt2(module) or (plain is not None and type(module).forward is plain.forward)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from s2d.ptq.quantizers import (
     check_step,
     chunk_elements,
     fake_quantize,
+    first_least,
     round_to_grid,
 )
 
@@ -258,7 +259,7 @@ class TwinUniformSoftmax(Quantizer):
         if self.errors is None:
             raise ValueError("nothing was observed: this quantizer saw no calibration data")
         if not self._done:
-            self.set_split(torch.tensor(SPLITS, device=self.errors.device)[self.errors.argmin()])
+            self.set_split(torch.tensor(SPLITS, device=self.errors.device)[first_least(self.errors)])
             self._done = True
 
     def set_split(self, s: Tensor | float) -> None:

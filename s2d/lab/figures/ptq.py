@@ -1,0 +1,157 @@
+"""Notebook 04: every checkpoint under every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from s2d.lab.figures.registry import published
+from s2d.lab.figures.style import COLOURS, MARKERS, bars, bit_widths, legend_below, listed, mean_line
+from s2d.ptq.quantizers import Quantizer
+
+
+def accuracy_by_bits(ptq: pd.DataFrame) -> Figure:
+    """Test accuracy at every bit width; each seed a small marker, the mean a line."""
+    bits = bit_widths(ptq)
+    figure, axis = plt.subplots(figsize=(7.5, 3.8))
+    variants = list(ptq.variant.unique())
+    for index, variant in enumerate(variants):
+        table = ptq[ptq.variant == variant]
+        # A small sideways shift keeps the seeds of one variant from hiding another's.
+        shift = 0.08 * (index - (len(variants) - 1) / 2)
+        mean = table.groupby("bits").accuracy.mean()
+        axis.plot(
+            [i + shift for i in range(len(bits))],
+            [100 * mean[b] for b in bits],
+            color=COLOURS[variant],
+            marker=MARKERS[variant],
+            label=variant,
+        )
+        for i, b in enumerate(bits):
+            values = 100 * table[table.bits == b].accuracy
+            axis.scatter([i + shift] * len(values), values, s=9, color=COLOURS[variant], alpha=0.5)
+    axis.set_xticks(range(len(bits)), bits)
+    axis.set(xlabel="weights and activations (RTN)", ylabel="test accuracy (%)", title="Accuracy after quantization")
+    axis.legend()
+    return figure
+
+
+def _symmetric(ptq: pd.DataFrame) -> pd.DataFrame:
+    return ptq[ptq.grid == "symmetric"]
+
+
+def _accuracy_at_low_bits(ptq: pd.DataFrame) -> str:
+    percent = 100 * _symmetric(ptq).groupby(["bits", "variant"], sort=False).accuracy.mean()
+    return " ".join(f"Mean test accuracy at {bits}: {listed(percent[bits])}." for bits in bit_widths(ptq)[-2:])
+
+
+@published(tables=["ptq"], finding=_accuracy_at_low_bits, paper="Table 6 in shape")
+def ptq_accuracy(ptq: pd.DataFrame) -> Figure:
+    """Test accuracy under round-to-nearest, symmetric grid, at every bit width, for each kind of fine-tuning."""
+    return accuracy_by_bits(_symmetric(ptq))
+
+
+def grid_on_histogram(values: Tensor, quantizers: Mapping[str, Quantizer]) -> Figure:
+    """What a quantizer does, seen: the histogram of some values, and under it the points of each calibrated grid.
+
+    Args:
+        values: any shape.
+        quantizers: title to a calibrated quantizer; the points are those that the values go to.
+
+    Returns:
+        One panel a quantizer, with the root mean squared error in the title.
+    """
+    flat = values.flatten()
+    figure, axes = plt.subplots(1, len(quantizers), figsize=(3.6 * len(quantizers), 2.9), sharey=True)
+    for axis, (title, quantizer) in zip(axes, quantizers.items(), strict=True):
+        rounded = quantizer(flat)
+        axis.hist(flat.numpy(), bins=120, color=COLOURS["SGD"], log=True, histtype="stepfilled")
+        for point in rounded.unique().tolist():
+            axis.axvline(point, ymax=0.12, color=COLOURS["AdamW"], linewidth=1.2)
+        error = (rounded - flat).square().mean().sqrt().item()
+        axis.set(title=f"{title}\nerror {error:.3f}", xlabel="activation")
+    axes[0].set(ylabel="entries")
+    return figure
+
+
+def _s2d_gain_by_method(table: pd.DataFrame) -> str:
+    percent = 100 * table.groupby(["bits", "method", "variant"], sort=False).accuracy.mean().unstack("variant")
+    gain = percent["S2D"] - percent["AdamW"]
+    return " ".join(
+        f"S2D against AdamW at {bits}, points: {listed(gain[bits], '{:+.1f}')}." for bits in bit_widths(table)[-2:]
+    )
+
+
+@published(tables=["ptq_methods"], finding=_s2d_gain_by_method, paper="Tables 6, 8, 11 in shape")
+def ptq_methods(table: pd.DataFrame) -> Figure:
+    """Every method at every bit width: accuracy above, relative logit error below, one column a method.
+
+    Lines are means over seeds and calibration sets, bands reach from the lowest to the highest of them.
+    """
+    quantized = table[table.method != "FP"]
+    methods, bits = list(quantized.method.unique()), bit_widths(quantized)
+    figure, axes = plt.subplots(2, len(methods), figsize=(2.9 * len(methods), 5.4), sharex=True, sharey="row")
+    for column, method in enumerate(methods):
+        rows = quantized[quantized.method == method].assign(
+            position=lambda t: t.bits.map(bits.index), percent=lambda t: 100 * t.accuracy
+        )
+        for variant, part in rows.groupby("variant", sort=False):
+            for axis, value in ((axes[0, column], "percent"), (axes[1, column], "logit_error")):
+                mean_line(axis, part, "position", value, variant, marker=MARKERS[variant], markersize=4)
+        axes[0, column].set(title=method)
+        axes[1, column].set_yscale("log")
+        axes[1, column].set_xticks(range(len(bits)), bits, rotation=45)
+    axes[0, 0].set(ylabel="test accuracy (%)")
+    axes[1, 0].set(ylabel="relative logit error")
+    axes[0, 0].legend()
+    legend_below(figure, axes[0, 0])
+    return figure
+
+
+def _conditioned(table: pd.DataFrame) -> str:
+    percent = 100 * table.groupby(["bits", "conditioning", "variant"], sort=False).accuracy.mean()
+    bits = bit_widths(table)[0]
+    cells = {f"{variant} ({conditioning})": value for (conditioning, variant), value in percent[bits].items()}
+    return f"Mean test accuracy at {bits}, by what was done before rounding: {listed(cells)}."
+
+
+@published(tables=["ptq_conditioning"], finding=_conditioned, paper="appendix D")
+def ptq_conditioning(table: pd.DataFrame) -> Figure:
+    """Round-to-nearest after nothing, SmoothQuant and rotations, from each checkpoint; one panel a bit width."""
+    bits = bit_widths(table)
+    figure, axes = plt.subplots(1, len(bits), figsize=(4.6 * len(bits), 3.6), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], bits, strict=True):
+        shown = table[table.bits == name].assign(percent=lambda t: 100 * t.accuracy)
+        bars(axis, shown, x="conditioning", y="percent", legend=axis is axes[0, 0])
+        axis.set(title=f"{name}, RTN", xlabel="", ylabel="test accuracy (%)")
+        axis.tick_params(axis="x", rotation=20)
+    legend_below(figure, axes[0, 0])
+    return figure
+
+
+def _qat_gain(table: pd.DataFrame) -> str:
+    percent = 100 * table.groupby(["training", "variant"], sort=False).accuracy.mean()
+    bits = table[table.training == "QAT"].bits.iloc[0]
+    return f"Points that QAT gains over rounding alone at {bits}: {listed(percent['QAT'] - percent['PTQ'], '{:+.1f}')}."
+
+
+@published(tables=["ptq_qat"], finding=_qat_gain)
+def ptq_qat(table: pd.DataFrame) -> Figure:
+    """Before and after quantization-aware training: each seed a line from rounding alone to QAT."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.4))
+    order = ["FP", "PTQ", "QAT"]
+    for index, (variant, part) in enumerate(table.groupby("variant", sort=False)):
+        wide = 100 * part.pivot(index="seed", columns="training", values="accuracy")[order]
+        places = [i + 0.06 * (2 * index - 1) for i in range(len(order))]
+        for values in wide.to_numpy():
+            axis.plot(places, values, color=COLOURS[variant], alpha=0.35, linewidth=1)
+        axis.plot(places, wide.mean(), color=COLOURS[variant], marker=MARKERS[variant], label=f"from {variant}")
+    bits = table[table.training == "QAT"].bits.iloc[0]
+    axis.set_xticks(range(len(order)), ["full precision", f"{bits}, rounded", f"{bits}, QAT"])
+    axis.set(ylabel="test accuracy (%)", title="Quantization-aware training")
+    axis.legend()
+    return figure

@@ -1,0 +1,186 @@
+"""The house style of every figure: colours, markers, and the small pieces that several figures share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from s2d.files import write_atomically
+from s2d.lab.paths import output_root
+from s2d.lab.results import table_digests
+
+# One colour a variant, in every figure; distinguishable with colour-blind eyes and in print.
+COLOURS = {
+    "SGD": "#7a7a7a",
+    "AdamW": "#d1495b",
+    "AdamW, tuned weight decay": "#edae49",
+    "S2D": "#00798c",
+    "No PCDR": "#8d6cab",
+    "Top 3 of every layer": "#2e4057",
+    "AdamW, lr 2e-3": "#f4a6b0",
+    "AdamW, rotated basis": "#56b4e9",
+    "AdamW, eps 1e-3": "#cc79a7",
+    "AdamW, eps 1e-2": "#9c3587",
+    "AdamW, beta2 0.9": "#e69f00",
+    "Muon": "#6a994e",
+    "Decoupled spectral decay": "#007a3d",
+    "L2 on every component": "#b5838d",
+    "S2D, tuned weight decay": "#7fc8d4",
+    "Spectral-norm cap": "#5c6b73",
+    "Gradient clipping": "#bc8034",
+}
+MARKERS = {
+    "SGD": "s",
+    "AdamW": "o",
+    "AdamW, tuned weight decay": "^",
+    "S2D": "D",
+    "No PCDR": "v",
+    "Top 3 of every layer": "P",
+    "AdamW, lr 2e-3": "8",
+    "AdamW, rotated basis": "X",
+    "AdamW, eps 1e-3": "<",
+    "AdamW, eps 1e-2": ">",
+    "AdamW, beta2 0.9": "h",
+    "Muon": "p",
+    "Decoupled spectral decay": "*",
+    "L2 on every component": "X",
+    "S2D, tuned weight decay": "D",
+    "Spectral-norm cap": "s",
+    "Gradient clipping": "h",
+}
+BIT_ORDER = ["FP", "W8A8", "W6A6", "W5A5", "W4A4", "W3A3"]
+
+
+def use_style() -> None:
+    """The house style; fixed salt and embedded text so that an SVG has the same bytes every time."""
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
+    mpl.rcParams.update(
+        {
+            "svg.hashsalt": "s2d",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans"],
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "figure.dpi": 100,
+            "savefig.dpi": 150,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def save_figure(figure: Figure, name: str, *, run: str, tables: Sequence[str]) -> list[Path]:
+    """Write ``figures/<run>/<name>.svg`` and ``.png``, the digests of their tables in the file's own metadata.
+
+    Args:
+        figure: left open, so that a notebook shows it.
+        name: file stem.
+        run: output label, usually the scale.
+        tables: the tables it was drawn from, as :func:`s2d.lab.results.load_table` takes them.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        FileNotFoundError: if one of the tables is not there.
+    """
+    description = json.dumps(table_digests(tables, run=run), sort_keys=True)
+    # Date and Software would differ between runs and releases without the picture changing.
+    metadata = {
+        "svg": {"Date": None, "Description": description},
+        "png": {"Software": None, "Description": description},
+    }
+    paths = []
+    for suffix, entries in metadata.items():
+        path = output_root() / "figures" / run / f"{name}.{suffix}"
+        write_atomically(path, lambda temporary, entries=entries: figure.savefig(temporary, metadata=entries))
+        paths.append(path)
+    return paths
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def short_names(layers: Iterable[str]) -> list[str]:
+    """Layer names for an axis.
+
+    Example:
+        >>> short_names(["blocks.0.mlp.fc1"])
+        ['0.mlp.fc1']
+    """
+    return [name.removeprefix("blocks.") for name in layers]
+
+
+def legend_below(figure: Figure, axis: Axes, *, columns: int | None = None) -> None:
+    """One legend under all panels, where it takes no panel's room.
+
+    Args:
+        figure: whose legend it becomes.
+        axis: the panel whose entries it shows; its own legend goes.
+        columns: entries in a row; None for all in one row.
+    """
+    handles, labels = axis.get_legend_handles_labels()
+    if axis.get_legend() is not None:
+        axis.get_legend().remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns or len(labels))
+
+
+def mean_line(axis: Axes, table: pd.DataFrame, x: str, y: str, variant: str, **style) -> None:
+    """Mean over seeds as a line, the range over seeds as a band.
+
+    Args:
+        axis: drawn on.
+        table: one row a seed and position.
+        x, y: its columns.
+        variant: whose colour and label the line has.
+        **style: of the line.
+    """
+    groups = table.groupby(x)[y]
+    mean, low, high = groups.mean(), groups.min(), groups.max()
+    axis.plot(mean.index, mean, color=COLOURS[variant], label=variant, **style)
+    axis.fill_between(mean.index, low, high, color=COLOURS[variant], alpha=0.18, linewidth=0)
+
+
+def bars(axis: Axes, table: pd.DataFrame, *, x: str, y: str, **options) -> None:
+    """Grouped bars in the variants' colours, mean over seeds, with whiskers from the lowest to the highest.
+
+    Args:
+        axis: drawn on.
+        table: with a column ``variant``.
+        x, y: its columns.
+        **options: of seaborn's ``barplot``.
+    """
+    whiskers = {"errorbar": lambda values: (values.min(), values.max()), "err_kws": {"linewidth": 1}}
+    sns.barplot(table, x=x, y=y, hue="variant", palette=COLOURS, ax=axis, **(whiskers | options))
+
+
+def bit_widths(table: pd.DataFrame) -> list[str]:
+    """The bit widths of a table, from full precision to the lowest.
+
+    Example:
+        >>> bit_widths(pd.DataFrame({"bits": ["W4A4", "FP", "W4A4"]}))
+        ['FP', 'W4A4']
+    """
+    return [name for name in BIT_ORDER if name in set(table.bits)]
+
+
+def listed(values: pd.Series | Mapping[str, float], form: str = "{:.1f}") -> str:
+    """Numbers with their names, in one line of text.
+
+    Example:
+        >>> listed({"AdamW": 33.53, "SGD": 0.4})
+        'AdamW 33.5; SGD 0.4'
+    """
+    return "; ".join(f"{name} {form.format(value)}" for name, value in dict(values).items())

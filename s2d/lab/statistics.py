@@ -1,0 +1,113 @@
+"""What tables are read by: means over seeds, differences within pairs with their interval, the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+DECIMALS = 9
+"""Intervals are rounded to these: below lies the rounding of the numbers subtracted, 3.7e-17 for "the same"."""
+
+
+class PairedInterval(NamedTuple):
+    """Mean of paired differences, their sample standard deviation, the confidence interval of the mean, how many."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    n: int
+
+
+def paired_interval(differences: Sequence[float], *, confidence: float = 0.95) -> PairedInterval:
+    r"""Student's t-interval of the mean of paired differences.
+
+    .. math:: \bar d \pm t_{n-1,\,(1+c)/2}\; s_d / \sqrt n
+
+    Args:
+        differences: one a pair, at least one, in a unit in which ``1e-9`` is nothing.
+        confidence: the interval's c, in (0, 1).
+
+    Returns:
+        In the unit of the differences, rounded to nine decimals: two equal accuracies differ by 0, not by
+        ``3.7e-17``. A single pair has no spread: its std, low and high are NaN.
+
+    Raises:
+        ValueError: for no differences, one that is not finite, or a confidence outside (0, 1).
+
+    Example:
+        >>> interval = paired_interval([1.0, 2.0, 3.0])
+        >>> interval.mean, interval.std, round(interval.low, 2), round(interval.high, 2), interval.n
+        (2.0, 1.0, -0.48, 4.48, 3)
+        >>> paired_interval([0.3 - 0.1 - 0.2, 0.0])
+        PairedInterval(mean=0.0, std=0.0, low=0.0, high=0.0, n=2)
+
+    Paper: none (its tables have one run a cell).
+    """
+    d = np.asarray(differences, dtype=float)
+    if d.ndim != 1 or not len(d) or not np.isfinite(d).all():
+        raise ValueError(f"differences are {differences!r}: give a list of one finite number a pair, at least one")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: it must lie between 0 and 1, 0.95 is usual")
+    n, mean = len(d), float(d.mean())
+    if n == 1:
+        return PairedInterval(_rounded(mean), float("nan"), float("nan"), float("nan"), 1)
+    std = float(d.std(ddof=1))
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * std / n**0.5
+    return PairedInterval(*map(_rounded, (mean, std, mean - half, mean + half)), n)
+
+
+def _rounded(value: float) -> float:
+    return round(value, DECIMALS) + 0.0  # + 0.0 makes 0.0 of -0.0
+
+
+def mean_and_spread(table: pd.DataFrame, by: list[str], values: list[str]) -> pd.DataFrame:
+    """Mean and sample standard deviation over the seeds of each group.
+
+    Args:
+        table: long, with one row a seed and group.
+        by: grouping columns, kept in order of appearance.
+        values: columns to average.
+
+    Returns:
+        ``by`` + ``seeds`` (how many) + for each value ``<value>`` and ``<value>_std``.
+
+    Example:
+        >>> t = pd.DataFrame({"variant": ["a", "a"], "seed": [0, 1], "accuracy": [0.5, 0.7]})
+        >>> float(mean_and_spread(t, ["variant"], ["accuracy"]).accuracy.iloc[0])
+        0.6
+    """
+    groups = table.groupby(by, sort=False, dropna=False)
+    out = groups["seed"].nunique().rename("seeds").to_frame()
+    for value in values:
+        out[value], out[f"{value}_std"] = groups[value].mean(), groups[value].std(ddof=1)
+    return out.reset_index()
+
+
+def pareto_front(points: pd.DataFrame, x: str, y: str) -> pd.Series:
+    """Which rows no other row beats: none is at least as good in both columns and better in one.
+
+    Args:
+        points: one row a point; larger is better in both columns.
+        x, y: the columns.
+
+    Returns:
+        True on the front, with the index of ``points``.
+
+    Raises:
+        ValueError: if a value is missing.
+
+    Example:
+        >>> pareto_front(pd.DataFrame({"x": [1, 2, 3, 2], "y": [3, 2, 1, 1]}), "x", "y").tolist()
+        [True, True, True, False]
+    """
+    values = points[[x, y]].to_numpy(dtype=float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"columns {x} and {y} hold missing values: drop those rows first")
+    as_good = (values[:, None] >= values[None]).all(-1)  # [i, j]: i is at least as good as j in both
+    better = as_good & (values[:, None] > values[None]).any(-1)
+    return pd.Series(~better.any(axis=0), index=points.index)
