@@ -580,7 +580,7 @@ def staleness_claim(staleness: pd.DataFrame) -> dict:
     slow = slow[slow.age == slow.age.max()].cosine.mean()
     lowest = f"smallest of a layer {last.cosine.min():.3f}"
     return _row(
-        f"cached and fresh penalty keep a cosine above {PAPER_COSINE} (mean over layers, end of the interval, less that)",
+        f"cached and fresh penalty keep a cosine above {PAPER_COSINE} (mean over layers, end of interval, less that)",
         "G.2",
         last.groupby("seed").cosine.mean() - PAPER_COSINE,
         "cosine",
