@@ -120,7 +120,7 @@ def synthetic_tables(gain: float) -> dict[str, pd.DataFrame]:
         for seed in SEEDS
     ]
     return {
-        "testbed": testbed_rows(gain),
+        "laptop/testbed": testbed_rows(gain),
         "origins_interventions": interventions(gain),
         "origins_correlation": correlations(gain),
         "bound": pd.DataFrame([{"seed": seed, "layer": "a", "holds": gain > 0} for seed in SEEDS]),
@@ -187,7 +187,7 @@ def test_effects_smaller_than_a_point_are_equivalent_where_points_are_measured()
     close = testbed_rows(0.0).assign(
         matched_kurtosis=lambda t: 5 + t.seed.map({3: 0.01, 4: -0.02, 5: 0.01}) * (t.run == "4x")
     )
-    found = claims_table(tables | {"testbed": close}).set_index("claim")
+    found = claims_table(tables | {"laptop/testbed": close}).set_index("claim")
     assert found.verdict["AdamW has more excess kurtosis than SGD, at equal accuracy"] == "undecided"
 
 

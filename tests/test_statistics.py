@@ -13,6 +13,7 @@ from scipy import stats
 from s2d.lab.statistics import (
     VERDICTS,
     excludes,
+    in_words,
     mean_and_spread,
     paired_interval,
     pareto_front,
@@ -155,6 +156,20 @@ def test_an_interval_excludes_what_lies_outside():
     interval = paired_interval([1.0, 2.0, 3.0])  # -0.48 to 4.48
     assert [excludes(interval, value) for value in (-0.5, -0.4, 4.4, 4.5)] == [True, False, False, True]
     assert not excludes(paired_interval([1.0]), 100.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2.0, 3.0, 2.5], "a is above b: +2.50 ["),
+        ([-2.0, -3.0, -2.5], "a is below b: -2.50 ["),
+        ([0.1, -0.2, 0.15], "a and b are equal within 1: +0.02 ["),
+        ([5.0, -4.0, 1.0], "a and b are not told apart: +0.67 ["),
+        ([5.0], "a and b are not told apart: +5.00 [+nan, +nan]"),
+    ],
+)
+def test_words_say_what_the_interval_does(values, expected):
+    assert in_words("a", "b", paired_interval(values)).startswith(expected)
 
 
 # --- points lost ---
