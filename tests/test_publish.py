@@ -18,7 +18,7 @@ from s2d.lab.data import ClutteredDigits
 from s2d.lab.identity import code_hash, kind
 from s2d.lab.models import DigitsViT
 from s2d.lab.publish import Asset, described, fetch, main, needed_to_start, read_assets
-from s2d.lab.recipes import SEEDS, laptop_recipes
+from s2d.lab.recipes import laptop_recipes, starting_recipes
 from s2d.lab.store import committed_folder, file_name, find, load, write_entry
 from s2d.lab.training import Recipe
 
@@ -95,8 +95,8 @@ def test_nothing_is_written_unless_everything_can_be_published(root: Path, monke
 
 def test_what_a_reader_needs_to_start() -> None:
     kept, rest = publish.divided(laptop_recipes(), needed_to_start)
-    assert {recipe.origin.seed for recipe in kept.values() if recipe.start is not None} == set(SEEDS[:3])
-    assert rest and all(recipe.start is not None for recipe in rest.values())
+    assert kept.keys() == publish.divided(starting_recipes(), needed_to_start)[0].keys()
+    assert rest and not kept.keys() & rest.keys()
     assert kept.keys() | rest.keys() >= set(map(file_name, laptop_recipes()))
 
 

@@ -95,6 +95,12 @@ def test_the_last_steps_are_those_of_the_schedule(folder: Path) -> None:
     } or all(tensor.dtype == torch.float16 for name, tensor in tensors.items() if "final" in name)
 
 
+def test_a_shortened_recipe_keeps_its_schedule_and_kind() -> None:
+    short = shortened(S2D)
+    assert short.s2d["refresh_every"] == short.measure_every == 10
+    assert (short.steps, short.optimizer, kind(short)) == (S2D.steps, S2D.optimizer, kind(S2D))
+
+
 def test_what_another_version_does_not_know_is_said_and_the_rest_goes_on() -> None:
     unknown = describe(TINY) | {"smoothing": 0.1}
     _, said = trajectory([{"recipe": unknown, "windows": []}, {"recipe": describe(SGD), "windows": []}])

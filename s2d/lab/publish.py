@@ -30,7 +30,7 @@ from s2d import __version__
 from s2d.console import interruptible
 from s2d.files import write_atomically, write_text
 from s2d.lab.paths import repository_root
-from s2d.lab.recipes import SEEDS, laptop_recipes
+from s2d.lab.recipes import laptop_recipes, starting_recipes
 from s2d.lab.store import committed_folder, file_name, find_file, load, store_folders
 from s2d.lab.training import Recipe
 
@@ -39,8 +39,8 @@ TIMEOUT = 60  # seconds without an answer
 
 
 def needed_to_start(recipe: Recipe) -> bool:
-    """Whether a reader should have it at once: pretraining of every seed, and what the first three seeds lead to."""
-    return recipe.start is None or recipe.origin.seed in SEEDS[:3]
+    """Whether a reader should have it at once, one of :func:`s2d.lab.recipes.starting_recipes`."""
+    return recipe in starting_recipes()
 
 
 COMMITTED: Callable[[Recipe], bool] = needed_to_start
