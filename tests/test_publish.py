@@ -18,7 +18,7 @@ from s2d.lab.data import ClutteredDigits
 from s2d.lab.identity import code_hash, kind
 from s2d.lab.models import DigitsViT
 from s2d.lab.publish import Asset, described, fetch, main, needed_to_start, read_assets
-from s2d.lab.recipes import SEEDS, laptop_recipes, starting_recipes
+from s2d.lab.recipes import laptop_recipes, starting_recipes
 from s2d.lab.store import committed_folder, file_name, find, load, write_entry
 from s2d.lab.training import Recipe
 
@@ -94,10 +94,10 @@ def test_nothing_is_written_unless_everything_can_be_published(root: Path, monke
 
 
 def test_what_a_reader_needs_to_start() -> None:
-    chosen = [recipe for recipe in laptop_recipes() if needed_to_start(recipe)]
-    assert {recipe.origin.seed for recipe in chosen if recipe.start is not None} == set(SEEDS[:3])
-    assert {recipe for recipe in map(file_name, laptop_recipes())} > {recipe for recipe in map(file_name, chosen)}
-    assert {file_name(recipe) for recipe in chosen} == set(map(file_name, starting_recipes()))
+    kept, rest = publish.divided(laptop_recipes(), needed_to_start)
+    assert kept.keys() == publish.divided(starting_recipes(), needed_to_start)[0].keys()
+    assert rest and not kept.keys() & rest.keys()
+    assert kept.keys() | rest.keys() >= set(map(file_name, laptop_recipes()))
 
 
 def test_assets_are_fetched_from_a_folder(published: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_list_that_cannot_be_used_is_named(line: str, root: Path) -> None:
         read_assets()
     path = publish.assets_path()
     path.parent.mkdir(parents=True)
-    path.write_text("name,sha256,bytes\nok.safetensors,{0},3\n".format("a" * 64))
+    path.write_text(f"name,sha256,bytes\nok.safetensors,{'a' * 64},3\n")
     assert read_assets() == [Asset("ok.safetensors", "a" * 64, 3)]
     path.write_text("name,sha256,bytes\n" + line.format("a" * 64) + "\n")
     with pytest.raises(ValueError, match="assets.csv, line 2, is no asset"):
@@ -189,10 +189,9 @@ def test_a_list_that_cannot_be_used_is_named(line: str, root: Path) -> None:
 
 
 def test_the_committed_entries_are_what_is_to_be_committed_and_the_rest_are_assets() -> None:
-    chosen = {file_name(recipe) for recipe in laptop_recipes() if publish.COMMITTED(recipe)}
-    every = {file_name(recipe) for recipe in laptop_recipes()}
-    assert {path.name for path in committed_folder().glob("*")} == chosen, "python -m s2d.lab.publish"
-    assert {asset.name for asset in read_assets()} == every - chosen, "python -m s2d.lab.publish"
+    kept, rest = publish.divided(laptop_recipes(), publish.COMMITTED)
+    assert {path.name for path in committed_folder().glob("*")} == kept.keys(), "python -m s2d.lab.publish"
+    assert {asset.name for asset in read_assets()} == rest.keys(), "python -m s2d.lab.publish"
     assert sum(path.stat().st_size for path in committed_folder().glob("*")) <= publish.BUDGET
 
 

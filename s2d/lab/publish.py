@@ -4,8 +4,8 @@
     python -m s2d.lab.publish fetch              the assets into build/store, checked (make fetch)
     python -m s2d.lab.publish fetch --from DIR   from a folder or another address
 
-Nothing needs the assets: the tables are enough for figures and notebooks, and what is not there can be trained. An asset
-is one entry of the store under its own name; ``data/laptop/assets.csv`` has its sha256 and size.
+Nothing needs the assets: the tables are enough for figures and notebooks, and what is not there can be trained. An
+asset is one entry of the store under its own name; ``data/laptop/assets.csv`` has its sha256 and size.
 """
 
 from __future__ import annotations
@@ -93,6 +93,21 @@ def described(path: Path) -> Asset:
 # --- publishing -------------------------------------------------------------------------------------------------------
 
 
+def divided(
+    recipes: Sequence[Recipe], committed: Callable[[Recipe], bool]
+) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
+    """The recipes and what they start from, by file name: those to commit, with what these start from, and the rest."""
+    kept, every = {}, {}
+    for recipe in recipes:
+        chosen, needed = committed(recipe), recipe
+        while needed is not None:
+            every[file_name(needed)] = needed
+            if chosen:
+                kept[file_name(needed)] = needed
+            needed = needed.start
+    return kept, {name: recipe for name, recipe in every.items() if name not in kept}
+
+
 def publish(recipes: Sequence[Recipe], committed: Callable[[Recipe], bool] | None = None) -> tuple[list[Path], Path]:
     """Make the committed folder hold exactly what is to be committed, and a folder of assets the rest.
 
@@ -108,32 +123,24 @@ def publish(recipes: Sequence[Recipe], committed: Callable[[Recipe], bool] | Non
     Raises:
         ValueError: if an entry is missing or cannot be used, or the committed ones are larger than :data:`BUDGET`.
     """
-    chosen = COMMITTED if committed is None else committed
-    sources, kept = {}, set()
-    for recipe in recipes:
-        line = [recipe]
-        while line[-1].start is not None:
-            line.append(line[-1].start)
-        for needed in line:
-            path = find_file(needed)
-            if path is None:
-                raise ValueError(f"{file_name(needed)} is not in the store: train it (make figures) or fetch it first")
-            if path.name not in sources:
-                load(path, needed)
-                sources[path.name] = path.read_bytes()
-        if chosen(recipe):
-            kept |= {file_name(needed) for needed in line}
+    kept, rest = divided(recipes, COMMITTED if committed is None else committed)
+    sources = {}
+    for name, recipe in (kept | rest).items():
+        path = find_file(recipe)
+        if path is None:
+            raise ValueError(f"{name} is not in the store: train it (make figures) or fetch it (make fetch) first")
+        load(path, recipe)
+        sources[name] = path.read_bytes()
     size = sum(len(sources[name]) for name in kept)
     if size > BUDGET:
         raise ValueError(f"{size:,} bytes would be committed, and {BUDGET:,} may be: let publish.COMMITTED choose less")
     assets = repository_root() / "build" / "assets"
-    rest = sorted(sources.keys() - kept)
     _fill(committed_folder(), {name: sources[name] for name in kept})
     _fill(assets, {name: sources[name] for name in rest})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(f.name for f in fields(Asset))
-    writer.writerows(astuple(described(assets / name)) for name in rest)
+    writer.writerows(astuple(described(assets / name)) for name in sorted(rest))
     write_text(assets_path(), text.getvalue())
     return sorted(committed_folder() / name for name in kept), assets
 
@@ -223,8 +230,8 @@ def _download(source: str, asset: Asset, temporary: Path) -> None:
             size += len(chunk)
     if (digest.hexdigest(), size) != (asset.sha256, asset.bytes):
         raise ValueError(
-            f"what is there has {size} bytes{' or more' * (size > asset.bytes)} and sha256 {digest.hexdigest()[:12]}..., "
-            f"and data/laptop/assets.csv says {asset.bytes} and {asset.sha256[:12]}...: it is of another release, or damaged"
+            f"what is there has {size} bytes and sha256 {digest.hexdigest()[:12]}..., and data/laptop/assets.csv says "
+            f"{asset.bytes} and {asset.sha256[:12]}...: it is of another release, or damaged"
         )
 
 
@@ -251,9 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     size = sum(path.stat().st_size for path in committed)
     print(f"{len(committed)} entries of {size / 1e6:.1f} MB to commit in data/laptop/checkpoints")
-    print(
-        f"{len(read_assets())} assets in {assets}, listed in data/laptop/assets.csv: upload them to the release, such as"
-    )
+    print(f"{len(read_assets())} assets in {assets}, listed in data/laptop/assets.csv: upload them, such as")
     print(f"  gh release upload v{__version__} {assets}/*.safetensors")
     return 0
 
