@@ -28,6 +28,7 @@ def frontier_table(
     checkpoints: Checkpoints,
     *,
     bits: Sequence[str] = ("W4A4", "W3A3"),
+    methods: Sequence[str] = STRONG_METHODS,
     erq_bits: Sequence[str] = ("W6A6", "W5A5"),
     images: int = TEST_IMAGES,
     calibration_sets: int = 1,
@@ -37,6 +38,7 @@ def frontier_table(
     Args:
         checkpoints: variant to one checkpoint a seed.
         bits: for all methods; round-to-nearest on both grids calibrates on 256 images, the other methods on 32.
+        methods: those beside round-to-nearest.
         erq_bits: further widths for ERQ alone, the quantizer of the paper's tables.
         images: test images.
         calibration_sets: of the methods that calibrate on 32 images.
@@ -52,7 +54,7 @@ def frontier_table(
     rounded["method"] = ("RTN, " + rounded.grid).where(rounded.bits != "FP", "FP")
     rounded = rounded[(rounded.bits != "FP") | (rounded.grid == "symmetric")]  # full precision knows no grid
     options = {"images": images, "calibration_sets": calibration_sets}
-    strong = methods_table(checkpoints, bits, methods=STRONG_METHODS, **options)
+    strong = methods_table(checkpoints, bits, methods=methods, **options)
     if erq_bits:
         strong = pd.concat([strong, methods_table(checkpoints, erq_bits, methods=["ERQ"], **options)])
     table = pd.concat([rounded, strong[strong.method != "FP"]])

@@ -277,6 +277,14 @@ def testbed_recipes() -> list[Recipe]:
     return recipes + [pretraining("sgd", seed) for seed in EVIDENCE_SEEDS]
 
 
+def starting_recipes() -> list[Recipe]:
+    """What a reader starts from: the checkpoints of the walkthrough (QAT apart) and the ablations' pretraining."""
+    recipes = [pretraining("adamw", seed) for seed in ABLATION_SEEDS]
+    recipes += [pretraining("adamw", seed, steps=INTERVENTION_STEPS) for seed in SEEDS]
+    recipes += [pretraining("sgd", seed) for seed in SEEDS]
+    return recipes + [finetuning(variant, seed) for variant in VARIANTS for seed in SEEDS]
+
+
 def laptop_recipes() -> list[Recipe]:
     """Everything the notebooks train at their defaults."""
     recipes = testbed_recipes()
