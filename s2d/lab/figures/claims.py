@@ -107,7 +107,9 @@ def claims(table: pd.DataFrame) -> Figure:
             text += f"  (paper: {row.reported_size:+.3g})"
         axis.text(1.08, place, text, va="center", fontsize="x-small")
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(rows)), [textwrap.fill(name, 78) for name, _ in rows], fontsize="x-small")
+    axis.set_yticks(
+        range(len(rows)), [textwrap.fill(name, 78, break_on_hyphens=False) for name, _ in rows], fontsize="x-small"
+    )
     for tick, (_, row) in zip(axis.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row is None else "normal")
     axis.set(xlim=(-1.05, 1.05), ylim=(len(rows) - 0.5, -0.5))
