@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 
 import s2d
-from s2d.files import write_atomically, write_text
 from s2d.lab import dependencies, results
 from s2d.lab.results import load_table, provenance, save_table, table_digests
 
@@ -227,7 +226,7 @@ def test_the_source_hash_covers_what_a_table_depends_on(package: Path) -> None:
         "lab/figures/bound.py": False,  # drawings
         "lab/figures/style.py": False,
         "lab/origins.py": False,  # of other notebooks
-        "ptq/command.py": False,
+        "ptq/command/run.py": False,
     }.items():
         path = package / name
         before = path.read_text()
@@ -245,33 +244,6 @@ def test_a_notebook_that_is_not_there_has_no_provenance(package: Path) -> None:
 
 
 # --- writing ---
-
-
-@pytest.mark.parametrize("content", ["", "one\ntwo\n", "ü\r\n"])
-def test_text_is_written_as_it_is(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "text.md"
-    write_text(path, content)
-    assert path.read_bytes() == content.encode()
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    path.write_text("old")
-    seen: list[Path] = []
-
-    def write(temporary: Path) -> None:
-        seen.append(temporary)
-        temporary.write_text("half of the n")
-        assert path.read_text() == "old"  # readers meanwhile see the old file
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path] and not seen[0].exists()
-    write_atomically(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new"
 
 
 def test_a_table_that_cannot_be_written_leaves_both_old_files(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

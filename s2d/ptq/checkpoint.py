@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from s2d import __version__
 from s2d.files import write_folder_atomically
+from s2d.packages import need
 
 # Imported so that QUANTIZERS knows their classes; those of the methods come with the package itself.
 from s2d.ptq import log_sqrt2, twin_uniform  # noqa: F401
@@ -60,7 +61,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, overwrit
 
     Paper: none.
     """
-    safetensors = _safetensors()
+    safetensors = need("safetensors.torch", "a quantized checkpoint")
     folder = Path(folder)
     check_folder(folder, overwrite=overwrite)
     check_quantized(model)
@@ -99,14 +100,6 @@ def check_quantized(model: nn.Module) -> None:
                 f"site {name or '(the model)'} is in mode {site.mode!r}: call s2d.ptq.qat.finish_qat after "
                 "training, or s2d.ptq.sites.set_mode(model, 'quantized')"
             )
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("quantized checkpoints need the package safetensors: pip install safetensors") from error
-    return safetensors.torch
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------
@@ -229,7 +222,7 @@ def load_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modul
 
     Paper: none.
     """
-    safetensors = _safetensors()
+    safetensors = need("safetensors.torch", "a quantized checkpoint")
     folder = Path(folder)
     description = _read_description(folder)
     file = folder / TENSORS

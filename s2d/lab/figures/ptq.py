@@ -9,34 +9,43 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from s2d.lab.evaluate import with_points_lost
 from s2d.lab.figures.registry import published
 from s2d.lab.figures.style import COLOURS, MARKERS, bars, bit_widths, legend_below, listed, mean_line
 from s2d.ptq.quantizers import Quantizer
 
 
 def accuracy_by_bits(ptq: pd.DataFrame) -> Figure:
-    """Test accuracy at every bit width; each seed a small marker, the mean a line."""
+    """Test accuracy at every bit width, and points of it lost; each seed a small marker, the mean a line.
+
+    Args:
+        ptq: columns variant, seed, grid, bits, accuracy; one grid.
+
+    Raises:
+        ValueError: for more than one grid, whose accuracies have no common mean.
+    """
+    grids = list(dict.fromkeys(ptq.grid))
+    if len(grids) != 1:
+        raise ValueError(f"the table has the grids {', '.join(grids)}: draw one at a time")
     bits = bit_widths(ptq)
-    figure, axis = plt.subplots(figsize=(7.5, 3.8))
-    variants = list(ptq.variant.unique())
-    for index, variant in enumerate(variants):
-        table = ptq[ptq.variant == variant]
-        # A small sideways shift keeps the seeds of one variant from hiding another's.
-        shift = 0.08 * (index - (len(variants) - 1) / 2)
-        mean = table.groupby("bits").accuracy.mean()
-        axis.plot(
-            [i + shift for i in range(len(bits))],
-            [100 * mean[b] for b in bits],
-            color=COLOURS[variant],
-            marker=MARKERS[variant],
-            label=variant,
-        )
-        for i, b in enumerate(bits):
-            values = 100 * table[table.bits == b].accuracy
-            axis.scatter([i + shift] * len(values), values, s=9, color=COLOURS[variant], alpha=0.5)
-    axis.set_xticks(range(len(bits)), bits)
-    axis.set(xlabel="weights and activations (RTN)", ylabel="test accuracy (%)", title="Accuracy after quantization")
-    axis.legend()
+    table = with_points_lost(ptq).assign(percent=lambda t: 100 * t.accuracy)
+    variants = list(table.variant.unique())
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    panels = {"percent": ("test accuracy (%)", "Accuracy after rounding"), "points_lost": ("points lost", "Its cost")}
+    for axis, (column, (label, title)) in zip(axes, panels.items(), strict=True):
+        for index, variant in enumerate(variants):
+            # A small sideways shift keeps the seeds of one variant from hiding another's.
+            shift = 0.08 * (index - (len(variants) - 1) / 2)
+            part = table[table.variant == variant]
+            mean = part.groupby("bits")[column].mean()[bits]
+            places = [i + shift for i in range(len(bits))]
+            axis.plot(places, mean, color=COLOURS[variant], marker=MARKERS[variant], label=variant)
+            places = [bits.index(name) + shift for name in part.bits]
+            axis.scatter(places, part[column], s=9, color=COLOURS[variant], alpha=0.5)
+        axis.set_xticks(range(len(bits)), bits)
+        axis.set(xlabel=f"weights and activations (RTN, {grids[0]} grid)", ylabel=label, title=title)
+    axes[0].legend()
+    legend_below(figure, axes[0])
     return figure
 
 

@@ -1,0 +1,234 @@
+"""From the arguments to the model: a timm model, a file of its weights, or a folder of Hugging Face."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.console import say
+from s2d.packages import need
+from s2d.ptq.checkpoint import DESCRIPTION
+from s2d.ptq.command.items import read_safetensors
+from s2d.ptq.command.subject import Subject
+
+
+def model_source(args: argparse.Namespace) -> str:
+    """What MODEL names, found out before anything is loaded.
+
+    Args:
+        args: from :func:`s2d.ptq.command.arguments.read_arguments`.
+
+    Returns:
+        ``"timm"``, ``"file"`` or ``"folder"``.
+
+    Raises:
+        ValueError: for what is none of them, or options that are not for it.
+        ImportError: without the package timm, where it is needed.
+
+    Paper: none
+    """
+    path = Path(args.model)
+    if path.is_dir():
+        if (path / DESCRIPTION).exists():
+            raise ValueError(f"MODEL {path} is quantized already: give the model in floating point")
+        config = _read_config(path)
+        if "architecture" in config and "model_type" not in config:
+            raise ValueError(
+                f"MODEL {path} is a folder of timm: give its model.safetensors with --arch {config['architecture']}"
+            )
+        if not list(path.glob("*.safetensors")):
+            raise ValueError(f"MODEL {path} has no .safetensors file: save the model with save_pretrained()")
+        _refuse_options(args, "a Hugging Face folder", "arch", "model_options", "pretrained")
+        return "folder"
+    if path.suffix == ".safetensors" or path.is_file():
+        if not path.is_file():
+            raise ValueError(f"MODEL {path} does not exist: give a safetensors file, a folder, or a timm model")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"MODEL {path} is no .safetensors file: convert it with safetensors.torch.save_file")
+        if args.arch is None:
+            raise ValueError(f"MODEL {path} has no architecture: add --arch with the name of a timm model")
+        _refuse_options(args, "a file", "pretrained")
+        _check_timm_name(args.arch, "--arch")
+        return "file"
+    _refuse_options(args, "a timm model", "arch")
+    _check_timm_name(args.model, "MODEL")
+    return "timm"
+
+
+def load_model(args: argparse.Namespace, source: str) -> Subject:
+    """Load the model, in evaluation mode, on the CPU.
+
+    Args:
+        args: from :func:`s2d.ptq.command.arguments.read_arguments`.
+        source: from :func:`model_source`.
+
+    Returns:
+        The model and how to feed it.
+
+    Raises:
+        ValueError: for a model that cannot be made as asked, or files that do not fit it.
+        RuntimeError: if pretrained weights cannot be fetched.
+        ImportError: without the package that the model is of.
+
+    Paper: none
+    """
+    return _folder_model(args) if source == "folder" else _timm_model(args, source)
+
+
+def _refuse_options(args: argparse.Namespace, what: str, *names: str) -> None:
+    for name in names:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is not for {what}: leave it out")
+
+
+def _check_timm_name(name: str, option: str) -> None:
+    timm = need("timm", "the model")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = (
+            f"did you mean {close[0]!r}?" if close else "see timm.list_models(), or give a file or folder that exists"
+        )
+        raise ValueError(f"{option} {name!r} is no timm model: {hint}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"MODEL {folder} has no config.json: give the folder of a Hugging Face model") from None
+    except ValueError as error:
+        raise ValueError(f"MODEL {folder / 'config.json'} is not JSON ({error}): save the model again") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _timm_model(args: argparse.Namespace, source: str) -> Subject:
+    timm = need("timm", "the model")
+    arch = args.arch if source == "file" else args.model
+    try:
+        model = timm.create_model(arch, pretrained=args.pretrained, **args.model_options)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if not args.pretrained or isinstance(error, (TypeError, AssertionError)):
+            raise ValueError(
+                f"timm cannot make {arch} with --model-options {json.dumps(args.model_options)} ({reason})"
+            ) from None
+        raise RuntimeError(
+            f"the weights of {arch} could not be fetched ({reason}): --pretrained needs a network; without one, give "
+            "a safetensors file with --arch"
+        ) from error
+    name = f"{arch} ({'pretrained' if args.pretrained else 'random weights'})"
+    if source == "file":
+        _load_weights(model, Path(args.model), arch)
+        name = f"{args.model} ({arch})"
+    elif not args.pretrained:
+        say("warning: random weights: accuracy means nothing; add --pretrained, or give a file with --arch")
+    config = _data_config(timm, model, args.model_options)
+    return Subject(model.eval(), name, None, config["input_size"], preprocess=_timm_preprocessing(timm, config))
+
+
+def _load_weights(model: nn.Module, file: Path, arch: str) -> None:
+    state = read_safetensors(file, "MODEL", "copy or save it again")
+    expected = model.state_dict()
+    for name in [*(expected.keys() - state.keys()), *(state.keys() - expected.keys())]:
+        which = "lacks" if name in expected else "has, beyond the model,"
+        raise ValueError(
+            f"MODEL {file} {which} {name}: give the right --arch and --model-options (not {arch} as it is)"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"MODEL {file}: {name} has shape {tuple(state[name].shape)}, in {arch} {tuple(tensor.shape)}: give the "
+                "right --arch and --model-options"
+            )
+    model.load_state_dict(state)
+
+
+def _data_config(timm: Any, model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    config = timm.data.resolve_data_config({}, model=model)
+    channels, height, width = config["input_size"]
+    # The model's own image size, which may have been changed, as timm's configuration does not know.
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (height, width)
+    channels = options.get("in_chans", channels)
+    config["input_size"] = (channels, height, width)
+    if len(config["mean"]) != channels:
+        config["mean"] = config["std"] = (0.5,) * channels
+    return config
+
+
+def _timm_preprocessing(timm: Any, config: dict[str, Any]) -> Callable[[Any], Tensor]:
+    transform = timm.data.create_transform(**config, is_training=False)
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    return lambda image: transform(image.convert(mode))
+
+
+def _folder_model(args: argparse.Namespace) -> Subject:
+    transformers = need("transformers", "a Hugging Face folder")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(args.model)
+    architecture = next(iter(_read_config(folder).get("architectures") or ["AutoModel"]))
+    kinds = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM"}
+    kinds["ForImageClassification"] = "AutoModelForImageClassification"
+    kind = next((auto for ending, auto in kinds.items() if architecture.endswith(ending)), "AutoModel")
+    try:
+        model, found = getattr(transformers, kind).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"MODEL {folder} cannot be loaded ({reason}): save it with save_pretrained()") from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        say(f"warning: {folder} has no {', '.join(missing[:3])} ({len(missing)} missing in all): these are random")
+    config = model.config
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # nothing is generated
+    argument = model.main_input_name
+    if argument == "input_ids":
+        limit = getattr(config, "max_position_embeddings", None) or args.sequence_length
+        if args.sequence_length > limit:
+            raise ValueError(f"--sequence-length is {args.sequence_length}, the model takes {limit}: give at most that")
+        return Subject(
+            model.eval(), f"{folder} ({architecture})", argument, (args.sequence_length,), config.vocab_size, folder
+        )
+    size = getattr(config, "image_size", None) or 224
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(config, "num_channels", 3)
+    label_ids = dict(getattr(config, "label2id", None) or {})
+    subject = Subject(model.eval(), f"{folder} ({architecture})", argument, (channels, *size), label_ids=label_ids)
+    subject.folder = folder
+    subject.preprocess = _folder_preprocessing(transformers, folder, channels, size)
+    return subject
+
+
+def _folder_preprocessing(
+    transformers: Any, folder: Path, channels: int, size: tuple[int, int]
+) -> Callable[[Any], Tensor]:
+    mode = "L" if channels == 1 else "RGB"
+    if (folder / "preprocessor_config.json").exists():
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return lambda image: processor(images=image.convert(mode), return_tensors="pt")["pixel_values"][0]
+
+    @cache  # said once, and only where there are images to preprocess
+    def note() -> None:
+        say(f"note: {folder} has no preprocessor_config.json: images are resized, cropped, normalised with 0.5, 0.5")
+
+    def preprocess(image: Any) -> Tensor:
+        note()
+        image = image.convert(mode)
+        factor = max(size[1] / image.width, size[0] / image.height)
+        image = image.resize((max(round(image.width * factor), size[1]), max(round(image.height * factor), size[0])))
+        left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
+        image = image.crop((left, top, left + size[1], top + size[0]))
+        data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, channels)
+        return data.permute(2, 0, 1).float() / 127.5 - 1
+
+    return preprocess

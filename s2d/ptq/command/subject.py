@@ -1,0 +1,73 @@
+"""The model to quantize, and how to feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.ptq.trace import call, tensors_of
+
+
+@dataclass
+class Subject:
+    """The model to quantize, and how to feed it.
+
+    Attributes:
+        model: in evaluation mode.
+        name: for the table.
+        argument: name of the argument that takes the data; None for the first.
+        shape: of an item.
+        vocabulary: number of tokens; None for images.
+        folder: of a Hugging Face model.
+        preprocess: PIL image to tensor.
+        label_ids: class name to label, of a Hugging Face model.
+    """
+
+    model: nn.Module
+    name: str
+    argument: str | None
+    shape: tuple[int, ...]
+    vocabulary: int | None = None
+    folder: Path | None = None
+    preprocess: Callable[[Any], Tensor] | None = None
+    label_ids: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return "images" if self.vocabulary is None else "sequences"
+
+    def batch(self, data: Tensor) -> Any:
+        """What the model is called with."""
+        return data if self.argument is None else {self.argument: data}
+
+    def random(self, count: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if self.vocabulary is not None:
+            return torch.randint(self.vocabulary, (count, *self.shape), generator=generator)
+        return torch.randn(count, *self.shape, generator=generator)
+
+
+def logits(output: Any) -> Tensor:
+    """The logits among a model's outputs, or the first of its tensors that is in floating point."""
+    found = getattr(output, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    return next(tensor for tensor in tensors_of(output) if tensor.is_floating_point())
+
+
+def probe(subject: Subject, data: Tensor, option: str) -> Tensor:
+    """The logits of one item; ValueError if the model cannot take it."""
+    try:
+        with torch.no_grad():
+            return logits(call(subject.model, subject.batch(data)))
+    except Exception as error:  # whatever a model does with data of the wrong shape
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{option}: the model cannot take an item of shape {tuple(data.shape[1:])} ({reason}): give data of the "
+            "size it was built for, or build it for this size (--model-options)"
+        ) from None
