@@ -44,7 +44,7 @@ def interventions(gain: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def testbed_rows(gain: float) -> pd.DataFrame:
+def growth_runs(gain: float) -> pd.DataFrame:
     grown = {"1x": 1, "2x": 2, "4x": 3, "wide": 4, "SGD": 0}
     rows = []
     for index, run in enumerate(RUNS):
@@ -120,7 +120,7 @@ def synthetic_tables(gain: float) -> dict[str, pd.DataFrame]:
         for seed in SEEDS
     ]
     return {
-        "laptop/testbed": testbed_rows(gain),
+        "laptop/testbed": growth_runs(gain),
         "origins_interventions": interventions(gain),
         "origins_correlation": correlations(gain),
         "bound": pd.DataFrame([{"seed": seed, "layer": "a", "holds": gain > 0} for seed in SEEDS]),
@@ -184,7 +184,7 @@ def test_effects_smaller_than_a_point_are_equivalent_where_points_are_measured()
     assert found.excludes_size["S2D is more accurate than AdamW at W4A4 (ERQ)"] == "yes"
     assert found.verdict["S2D costs no accuracy in full precision: less AdamW's"] == "reproduced"
     # A kurtosis has no band of one point, however small the difference is.
-    close = testbed_rows(0.0).assign(
+    close = growth_runs(0.0).assign(
         matched_kurtosis=lambda t: 5 + t.seed.map({3: 0.01, 4: -0.02, 5: 0.01}) * (t.run == "4x")
     )
     found = claims_table(tables | {"laptop/testbed": close}).set_index("claim")
