@@ -45,7 +45,7 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row an independent claim, the paper's first.
 
     Args:
-        tables: ``testbed``, ``origins_interventions``, ``origins_correlation``, ``bound``, ``ptq_conditioning``,
+        tables: ``laptop/testbed``, ``origins_interventions``, ``origins_correlation``, ``bound``, ``ptq_conditioning``,
             ``frontier``, ``frontier_outliers``, ``ablation_layers``, ``ablations`` and ``staleness``, as the notebooks
             and :mod:`s2d.lab.testbed` write them.
 
@@ -58,8 +58,8 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         holds on published networks: empty, a later study fills it).
     """
     rows = [
-        *growth_claims(tables["testbed"]),
-        *origin_claims(tables["origins_interventions"], tables["testbed"]),
+        *growth_claims(tables["laptop/testbed"]),
+        *origin_claims(tables["origins_interventions"], tables["laptop/testbed"]),
         *link_claims(tables["origins_correlation"]),
         *finetuning_claims(tables["frontier"]),
         *layer_claims(tables["ablation_layers"]),
@@ -580,7 +580,7 @@ def staleness_claim(staleness: pd.DataFrame) -> dict:
     slow = slow[slow.age == slow.age.max()].cosine.mean()
     lowest = f"smallest of a layer {last.cosine.min():.3f}"
     return _row(
-        f"cached and fresh penalty keep a cosine above {PAPER_COSINE} (mean over layers, end of the interval, less that)",
+        f"cached and fresh penalty keep a cosine above {PAPER_COSINE} (mean over layers, end of interval, less that)",
         "G.2",
         last.groupby("seed").cosine.mean() - PAPER_COSINE,
         "cosine",

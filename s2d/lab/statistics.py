@@ -114,6 +114,30 @@ def excludes(interval: PairedInterval, value: float) -> bool:
     return value < interval.low or value > interval.high
 
 
+def in_words(first: str, second: str, interval: PairedInterval, *, equivalence: float = 1.0) -> str:
+    """A difference as a sentence that says no more than its interval does.
+
+    Args:
+        first, second: what was compared.
+        interval: of first minus second.
+        equivalence: see :func:`verdict`.
+
+    Example:
+        >>> in_words("S2D", "AdamW", paired_interval([2.0, 3.0, 2.5]))
+        'S2D is above AdamW: +2.50 [+1.26, +3.74]'
+        >>> in_words("S2D", "AdamW", paired_interval([4.0, -3.0]))
+        'S2D and AdamW are not told apart: +0.50 [-43.97, +44.97]'
+    """
+    relations = {
+        "reproduced": f"{first} is above {second}",
+        "not reproduced": f"{first} is below {second}",
+        "equivalent": f"{first} and {second} are equal within {equivalence:g}",
+        "undecided": f"{first} and {second} are not told apart",
+    }
+    relation = relations[verdict(interval, equivalence=equivalence)]
+    return f"{relation}: {interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
 def points_lost(table: pd.DataFrame, by: Sequence[str]) -> pd.Series:
     """What quantization costs each checkpoint: its own accuracy in full precision minus the quantized one.
 
