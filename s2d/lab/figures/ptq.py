@@ -97,25 +97,26 @@ def _s2d_gain_by_method(table: pd.DataFrame) -> str:
 
 @published(tables=["ptq_methods"], finding=_s2d_gain_by_method, paper="Tables 6, 8, 11 in shape")
 def ptq_methods(table: pd.DataFrame) -> Figure:
-    """Every method at every bit width: accuracy above, relative logit error below, one column a method.
+    """Every method at every bit width: accuracy, points of it lost, relative logit error; one column a method.
 
     Lines are means over seeds and calibration sets, bands reach from the lowest to the highest of them.
     """
-    quantized = table[table.method != "FP"]
+    quantized = with_points_lost(table).query("method != 'FP'")
     methods, bits = list(quantized.method.unique()), bit_widths(quantized)
-    figure, axes = plt.subplots(2, len(methods), figsize=(2.9 * len(methods), 5.4), sharex=True, sharey="row")
+    labels = {"percent": "test accuracy (%)", "points_lost": "points lost", "logit_error": "relative logit error"}
+    figure, axes = plt.subplots(3, len(methods), figsize=(2.9 * len(methods), 7.4), sharex=True, sharey="row")
     for column, method in enumerate(methods):
         rows = quantized[quantized.method == method].assign(
             position=lambda t: t.bits.map(bits.index), percent=lambda t: 100 * t.accuracy
         )
         for variant, part in rows.groupby("variant", sort=False):
-            for axis, value in ((axes[0, column], "percent"), (axes[1, column], "logit_error")):
+            for axis, value in zip(axes[:, column], labels, strict=True):
                 mean_line(axis, part, "position", value, variant, marker=MARKERS[variant], markersize=4)
         axes[0, column].set(title=method)
-        axes[1, column].set_yscale("log")
-        axes[1, column].set_xticks(range(len(bits)), bits, rotation=45)
-    axes[0, 0].set(ylabel="test accuracy (%)")
-    axes[1, 0].set(ylabel="relative logit error")
+        axes[2, column].set_yscale("log")
+        axes[2, column].set_xticks(range(len(bits)), bits, rotation=45)
+    for axis, label in zip(axes[:, 0], labels.values(), strict=True):
+        axis.set(ylabel=label)
     axes[0, 0].legend()
     legend_below(figure, axes[0, 0])
     return figure
