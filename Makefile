@@ -20,7 +20,7 @@ export S2D_WORKERS ?= $(CORES)
 TEST_OUTPUT := $(CURDIR)/build/test
 SOURCES := $(shell find s2d -name '*.py') $(wildcard data/paper/*.csv) $(wildcard data/laptop/checkpoints/*.safetensors)
 
-.PHONY: help figures test test-kernels notebooks refresh bench lint format setup clean
+.PHONY: help figures test test-kernels notebooks refresh replay fetch bench lint format setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,6 +83,12 @@ build/refresh/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
 	@mkdir -p $(@D)
 	$(PY) -m s2d.lab.notebook refresh $<
 	@touch $@
+
+replay: $(VENV)/installed ## does the edited code train the same, bit for bit, as that of AGAINST=<commit>? (CONTRIBUTING.md)
+	$(PY) -m s2d.lab.replay --against $(or $(AGAINST),$(error name a commit: make replay AGAINST=main))
+
+fetch: $(VENV)/installed ## the checkpoints that are not committed, from the release or S2D_ASSETS=<address or folder>
+	$(PY) -m s2d.lab.publish fetch
 
 bench: $(VENV)/installed ## side-by-side timings
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done

@@ -74,7 +74,7 @@ def test_a_trajectory_repeats_and_has_refreshes_and_measurements_in_it(recipe: R
     moved = {name.rpartition(".")[2] for name in first[0] if ".decay." in name or "/decay." in name}
     assert bool(moved) == (recipe.s2d is not None)
     if recipe.s2d is not None:  # the made-up weights have something to select
-        assert all(row["selected_layers"] > 0 for window in job["windows"] for row in window["history"])
+        assert all(any(row["selected_layers"] for row in window["history"]) for window in job["windows"])
     assert any(name.startswith("0/1/final.") for name in first[0])
 
 
