@@ -141,7 +141,7 @@ def test_search_points_are_means_over_the_tuning_seeds():
     assert points.front.tolist() == [True, True, False] and points.chosen.tolist() == [True, False, False]
     assert search_points(tuning(rows), "ERQ W4A4").low.tolist() == pytest.approx([40, 50, 30])
     assert keeping(points) == pytest.approx(89.5)
-    with pytest.raises(ValueError, match="no column 'RTN W4A4': choose one of variant, lr"):
+    with pytest.raises(ValueError, match="no column 'RTN W4A4': choose one of lr, weight_decay"):
         search_points(tuning(rows), "RTN W4A4")
 
 

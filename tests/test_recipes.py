@@ -56,10 +56,11 @@ def test_nothing_is_chosen_on_the_seeds_of_the_evidence():
 
 
 def test_every_variant_starts_from_the_same_checkpoint_and_differs():
-    recipes = [finetuning(variant, 0) for variant in SETTINGS]
-    recipes += [ablation(group, setting, 0) for group in ABLATIONS for setting in ABLATIONS[group]]
-    assert {str(recipe.start) for recipe in recipes} == {str(pretraining("adamw", 0))}
-    assert len({str(recipe) for recipe in recipes}) == len(recipes)
+    variants = [finetuning(variant, 0) for variant in SETTINGS]
+    ablations = [ablation(group, setting, 0) for group in ABLATIONS for setting in ABLATIONS[group]]
+    assert {str(recipe.start) for recipe in variants + ablations} == {str(pretraining("adamw", 0))}
+    for recipes in (variants, [finetuning("S2D", 0), *ablations]):
+        assert len({str(recipe) for recipe in recipes}) == len(recipes)
     assert set(VARIANTS) < set(EVIDENCE_VARIANTS) == set(SETTINGS)
 
 
