@@ -216,6 +216,18 @@ def test_base_ptq_is_plain_loops_with_plain_errors_and_uniform_grids(bits: int) 
         assert scale_of(getattr(found, name).right_quantizer) == pytest.approx(b_scales)
 
 
+@pytest.mark.parametrize(("method", "bits", "bias"), [(ptq4vit, 4, False), (base_ptq, 3, True)])
+def test_rounding_decides_nothing(method, bits: int, bias: bool) -> None:
+    """A change of the images by rounding, as another kernel makes it in every sum, changes no scale by more."""
+    model = transformer(bits, bias=bias)
+    plain = quantized(model, IMAGES, method, bits, rows=None).state_dict()
+    for seed in range(8):
+        noise = 1 + 1e-15 * data(*IMAGES.shape, seed=seed)
+        moved = quantized(model, IMAGES * noise, method, bits, rows=None).state_dict()
+        for name, expected in plain.items():
+            torch.testing.assert_close(moved[name], expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
 @pytest.mark.parametrize("method", [ptq4vit, base_ptq])
 def test_a_grouped_convolution_has_the_best_scale_of_every_channel(method) -> None:
     model = transformer(1)

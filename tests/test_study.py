@@ -73,3 +73,10 @@ def test_checkpoints_that_are_there_are_measured(repository, monkeypatch):
     study = Study(RECIPES, run="laptop", source=SOURCE)
     assert str(study) == "measured on 2 checkpoints"
     assert study.table("grown", measure, 3).factor[0] == 3
+
+
+def test_a_part_has_the_recipes_asked_for_and_is_read_like_the_whole(repository):
+    whole = Study(RECIPES, run="laptop", source=SOURCE)
+    part = whole.only({"a": "renamed"}, seeds=[1])
+    assert [recipe.seed for recipe in part.recipes["renamed"]] == [1]
+    assert part.recorded and part.table("grown", measure, 3).value[0] == 0.5

@@ -76,12 +76,11 @@ def _docstrings(tree: ast.Module) -> list[ast.stmt]:
     return [node.body[0] for node in nodes if ast.get_docstring(node) is not None]
 
 
-def code_hash(paths: Iterable[Path], *, read: Callable[[Path], str] = read_source) -> str:
+def code_hash(paths: Iterable[Path]) -> str:
     """Hash of the code in some files of the package, whatever their order; comments and docstrings do not count.
 
     Args:
         paths: files under the package.
-        read: gives the text of one.
 
     Returns:
         16 hexadecimal digits.
@@ -97,7 +96,7 @@ def code_hash(paths: Iterable[Path], *, read: Callable[[Path], str] = read_sourc
     for path in sorted({Path(path).resolve() for path in paths}):
         if not path.is_relative_to(PACKAGE):
             raise ValueError(f"{path} is not in the package {PACKAGE}: give files that `closure` lists")
-        digest.update(f"{path.relative_to(PACKAGE).as_posix()}\n{code_only(path, read=read)}\n".encode())
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()}\n{code_only(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

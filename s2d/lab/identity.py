@@ -27,8 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from s2d.lab import dependencies
-from s2d.lab.dependencies import PACKAGE, PROJECT, closure, read_source
+from s2d.lab.dependencies import PACKAGE, PROJECT, closure, code_only, read_source
 
 VERSIONS = {
     "loop": 1,  # s2d.lab.training: every recipe
@@ -199,7 +198,12 @@ def code_files(recipe: Any) -> list[Path]:
 
 @cache
 def _hash(roots: frozenset[str], without: tuple[str, ...]) -> str:
-    return dependencies.code_hash(closure(roots, without=without, read=_TEXTS.__getitem__), read=_TEXTS.__getitem__)
+    paths = closure(roots, without=without, read=_TEXTS.__getitem__)
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in paths}
+    digest = hashlib.sha256()
+    for name, path in sorted(modules.items()):
+        digest.update(f"{name}\n{code_only(path, read=_TEXTS.__getitem__)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def code_hash(recipe: Any) -> str:

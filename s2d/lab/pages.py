@@ -74,12 +74,24 @@ def points_lost() -> str:
     return markdown_table(header, ([name, *_lost(table[table.variant == name], cells)] for name in names))
 
 
+def testbed() -> str:
+    """What the testbed was chosen to show, and in how many runs it does."""
+    table = load_table("testbed_findings", run=RUN)
+
+    def value(row) -> str:
+        if pd.isna(row.mean):
+            return "not run"
+        return f"{row.mean:.3g}" + ("" if pd.isna(row.low) else f" [{row.low:.3g}, {row.high:.3g}]")
+
+    rows = ([row.finding, row.target, f"{row.held} of {row.runs}", value(row)] for row in table.itertuples())
+    return markdown_table(["finding", "target", "held in", "mean [95 % interval over seeds]"], rows)
+
+
 def verdicts() -> str:
     """How many independent claims of the paper have which verdict."""
-    claims = load_table("claims", run=RUN)
-    counts = claims[claims.group == "paper"].verdict.value_counts()
-    said = ", ".join(f"{counts[name]} {name}" for name in counts.index)
-    return f"Of {counts.sum()} claims of the paper: {said} ([`claims.csv`](data/{RUN}/claims.csv))."
+    from s2d.lab.claims import headline
+
+    return f"{headline(load_table('claims', run=RUN))} ([`claims.csv`](data/{RUN}/claims.csv))"
 
 
 def claims() -> str:
@@ -125,6 +137,7 @@ def figures() -> str:
 COMPUTED: dict[str, Callable[[], str]] = {
     "fine-tuning": fine_tuning,
     "points lost": points_lost,
+    "testbed": testbed,
     "verdicts": verdicts,
     "claims": claims,
     "theorem": theorem,

@@ -45,8 +45,8 @@ CONDITIONING: dict[str, tuple[str, ...]] = {
 
 
 @torch.inference_mode()
-def logits_of(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Logits of every image, in evaluation mode."""
+def logits_of(model: nn.Module, images: Tensor, batch_size: int = 128) -> Tensor:
+    """Logits of every image, in evaluation mode; by default in batches whose activations stay in a core's cache."""
     model.eval()
     return torch.cat([model(batch) for batch in images.split(batch_size)])
 

@@ -61,6 +61,21 @@ class Study:
             self._checkpoints = obtain_checkpoints(self.recipes)
         return self._checkpoints
 
+    def only(self, names: Mapping[Any, Any], *, seeds: Sequence[int] | None = None) -> Study:
+        """A part of the study, measured or read like the whole of it.
+
+        Args:
+            names: variants to keep, to what they are called in the part.
+            seeds: of the pretraining; by default all.
+        """
+        recipes = {
+            new: [recipe for recipe in self.recipes[old] if seeds is None or recipe.origin.seed in seeds]
+            for old, new in names.items()
+        }
+        part = Study(recipes, run=self.run, source=self.source)
+        part.recorded = self.recorded  # its tables are of one study: all measured here, or all read
+        return part
+
     def table(self, name: str, measure: Callable[..., pd.DataFrame], *args: Any, **options: Any) -> pd.DataFrame:
         """A table of this study: measured, or read where it is the committed one and checkpoints are missing.
 

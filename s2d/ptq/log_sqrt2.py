@@ -108,7 +108,7 @@ class LogSqrt2Quantizer(Quantizer):
         return ratio.log2_().mul_(-2).round_().clamp_(0, self.q_max)
 
     def _values(self, steps: Tensor, scale: Tensor) -> Tensor:
-        return torch.where(steps == self.q_max, 0, torch.exp2(steps * -0.5) * scale)
+        return (steps * -0.5).exp2_().mul_(scale).masked_fill_(steps == self.q_max, 0)
 
     def codes(self, x: Tensor) -> Tensor:
         self._check_frozen()

@@ -103,12 +103,15 @@ def check_step(step: Tensor | float, name: str) -> Tensor:
 # groups nor tokens nor a dimension of candidates.
 
 
-def _grid_operands(x: Tensor, scale: Tensor, zero_point: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+def _grid_operands(x: Tensor, scale: Tensor, zero_point: Tensor | float) -> tuple[Tensor, Tensor, Tensor | float]:
     # At least float32: half precision holds neither the codes times the scale nor the sums of a search.
     dtype = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
-    zero_point = torch.as_tensor(zero_point, device=scale.device)
-    # Expanded (for free), so that the in-place operations below never have to grow.
-    scale, zero_point = torch.broadcast_tensors(scale.to(dtype).clamp(min=SMALLEST_STEP), zero_point.to(dtype))
+    scale = scale.to(dtype).clamp(min=SMALLEST_STEP)
+    if isinstance(zero_point, Tensor):
+        zero_point = zero_point.to(dtype)
+        if scale.shape != zero_point.shape:
+            # Expanded (for free), so that the in-place operations below never have to grow.
+            scale, zero_point = torch.broadcast_tensors(scale, zero_point)
     return x.to(dtype), scale, zero_point
 
 
@@ -151,7 +154,14 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, q_min: i
     """
     dtype = x.dtype
     x, scale, zero_point = _grid_operands(x, scale, zero_point)
-    return round_to_grid(x, scale, zero_point, q_min, q_max).sub_(zero_point).mul_(scale).to(dtype)
+    steps = (x * (1 / scale)).round_()
+    if isinstance(zero_point, Tensor) and zero_point.ndim == 0 and zero_point.device.type == "cpu":
+        zero_point = zero_point.item()
+    if isinstance(zero_point, Tensor):
+        steps.add_(zero_point).clamp_(q_min, q_max).sub_(zero_point)
+    else:  # the same in one pass instead of three
+        steps.clamp_(q_min - zero_point, q_max - zero_point)
+    return steps.mul_(scale).to(dtype)
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -305,10 +315,10 @@ class Quantizer(nn.Module, ABC):
 
         The gradient is that of the straight-through estimator: 1 inside the representable range, 0 where clamped.
         """
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self._fake_quantize(x).to(x.dtype)
         with torch.no_grad():
             quantized = self._fake_quantize(x.detach()).to(x.dtype)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return quantized
         passed = torch.where(self._inside(x.detach()), x, 0)
         return quantized + (passed - passed.detach())  # plus exactly zero, with the gradient of what passed
 
@@ -617,7 +627,8 @@ class AffineQuantizer(Quantizer):
         return (codes - self._spread(self.zero_point, codes)) * self._spread(self.scale, codes)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, *self._grid_of(x), self.q_min, self.q_max)
+        scale, zero_point = self._grid_of(x)
+        return fake_quantize(x, scale, 0 if self.symmetric else zero_point, self.q_min, self.q_max)
 
     def _inside(self, x: Tensor) -> Tensor:
         codes = round_to_grid(x, *self._grid_of(x), self.q_min - 1, self.q_max + 1)

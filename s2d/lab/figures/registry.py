@@ -82,9 +82,9 @@ def sections() -> dict[str, list[PublishedFigure]]:
         >>> [figure.name for figure in sections()["bound"]]
         ['bound_tightness', 'pcdr_layers']
     """
-    from s2d.lab.figures import ablations, bound, claims, evidence, finetuning, frontier, origins, ptq
+    from s2d.lab.figures import ablations, bound, claims, evidence, finetuning, frontier, origins, ptq, testbed
 
-    modules = [m.__name__ for m in (origins, bound, finetuning, ptq, evidence, ablations, frontier, claims)]
+    modules = [m.__name__ for m in (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier, claims)]
     return {m.rpartition(".")[2]: [f for f in _FIGURES if f.draw.__module__ == m] for m in modules}
 
 
