@@ -6,7 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+# nproc takes OMP_NUM_THREADS for the number of cores.
+CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
 SCALE ?= laptop
 FROM ?= store
 
@@ -19,10 +20,10 @@ export S2D_WORKERS ?= $(CORES)
 TEST_OUTPUT := $(CURDIR)/build/test
 SOURCES := $(shell find s2d -name '*.py') $(wildcard data/paper/*.csv) $(wildcard data/laptop/checkpoints/*.safetensors)
 
-.PHONY: help figures test notebooks refresh bench lint format setup clean
+.PHONY: help figures test test-kernels notebooks refresh replay fetch bench lint format setup clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo "variables:  SCALE=smoke|laptop|gpu (paper is refused with what it lacks)   FROM=store|scratch   CORES=$(CORES)"
 
@@ -51,6 +52,21 @@ test: $(VENV)/installed ## unit tests and doctests, then nbval on every notebook
 	S2D_OUTPUT=$(TEST_OUTPUT) $(PY) -m pytest -n $(CORES) --dist loadfile -q
 	@$(MAKE) --no-print-directory -j$(CORES) notebooks
 
+# What could depend on how a processor rounds, and the settings beside the plain one (native kernels, one thread) of
+# `make test`: torch's kernels (default, avx2, avx512, native) and the number of threads.
+NUMERIC := bound cap erq layers outliers pcdr prepare ptq ptq4vit qat quantizers reference regularizer repq_vit \
+  rotation smoothquant spectral watch
+KERNELS ?= default-1 default-2 native-2
+
+test-kernels: $(KERNELS:%=test-kernels-%) ## the numeric tests on other kernels and threads (KERNELS="avx2-1 native-2")
+
+test-kernels-%: kernel = $(firstword $(subst -, ,$*))
+test-kernels-%: threads = $(lastword $(subst -, ,$*))
+test-kernels-%: $(VENV)/installed
+	@echo "== the numeric tests with $(kernel) kernels and $(threads) threads"
+	$(if $(filter-out native,$(kernel)),ATEN_CPU_CAPABILITY=$(kernel)) OMP_NUM_THREADS=$(threads) MKL_NUM_THREADS=$(threads) \
+	  $(PY) -m pytest -n $$(( ($(CORES) + $(threads) - 1) / $(threads) )) --dist loadfile -q $(NUMERIC:%=tests/test_%.py)
+
 notebooks: $(NOTEBOOKS:notebooks/%.ipynb=build/nbval/%) ## nbval on every notebook that changed since it last passed
 
 build/nbval/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
@@ -67,6 +83,12 @@ build/refresh/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
 	@mkdir -p $(@D)
 	$(PY) -m s2d.lab.notebook refresh $<
 	@touch $@
+
+replay: $(VENV)/installed ## does the edited code train the same, bit for bit, as that of AGAINST=<commit>? (CONTRIBUTING.md)
+	$(PY) -m s2d.lab.replay --against $(or $(AGAINST),$(error name a commit: make replay AGAINST=main))
+
+fetch: $(VENV)/installed ## the checkpoints that are not committed, from the release or S2D_ASSETS=<address or folder>
+	$(PY) -m s2d.lab.publish fetch
 
 bench: $(VENV)/installed ## side-by-side timings
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done

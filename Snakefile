@@ -1,4 +1,5 @@
-# The batch: one rule a notebook, each executed by the strict runner (python -m s2d.lab.notebook).
+# The batch: one rule a notebook, each executed by the strict runner (python -m s2d.lab.notebook). What a notebook reads and
+# writes, and the code that it needs, is read from the notebook: a new one needs its file and its parameters, no more.
 #
 #   snakemake --cores 2 --config scale=laptop from=store        (what `make figures` calls)
 #
@@ -22,26 +23,7 @@ if FROM not in ("store", "scratch"):
     raise WorkflowError(f"FROM={FROM}: choose store (use trained checkpoints) or scratch (train everything anew)")
 
 STORE = "" if FROM == "store" else str(Path("build/store-scratch").resolve())
-ALL = workflow.cores
-# Training uses every core; a notebook that only evaluates uses one.
-TRAINING = ALL if FROM == "scratch" or SCALE != "laptop" else 1
-
-# A line a notebook: the one whose checkpoints it starts from, and the cores it can use. What it reads and writes, and the
-# code that it needs, is read from the notebook.
-NOTEBOOKS = {
-    "01_outlier_origins": (None, TRAINING),
-    "02_bound_and_pcdr": ("01_outlier_origins", 1),
-    "03_s2d_finetuning": ("01_outlier_origins", TRAINING),
-    "04_ptq_evaluation": ("03_s2d_finetuning", ALL),
-    "05_origin_evidence": ("01_outlier_origins", ALL),
-    "06_ablations": ("01_outlier_origins", ALL),
-    "07_frontier": ("06_ablations", ALL),
-    "08_figures": (None, 1),
-}
-for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb")):
-    if path.stem not in NOTEBOOKS:
-        raise WorkflowError(f"{path} is not in the batch: give it a line in NOTEBOOKS in the Snakefile")
-
+NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
 FIGURES = source.published_figures()
 
 
@@ -89,20 +71,21 @@ rule all:
 
 
 # Notebooks share checkpoints through the store, which knows by itself what is stale. So that nothing is trained twice at
-# once a rule waits for the one whose checkpoints it starts from; but it need not run again because that one did
-# ("ancient"): changing one parameter reruns that notebook and the figures, and nothing else.
-for name, (first, cores) in NOTEBOOKS.items():
+# once each takes all cores, for the checkpoints that it trains or evaluates, and runs alone; in the order of their
+# numbers where there is a choice. A notebook need not run again because one before it did: changing one parameter reruns
+# that notebook and the figures, and nothing else.
+for place, name in enumerate(NOTEBOOKS):
 
     rule:
         name:
             name.partition("_")[2]
         input:
             inputs(name),
-            [ancient(executed(first))] if first else [],
         output:
             outputs(name),
             notebook=executed(name),
-        threads: cores
+        threads: workflow.cores
+        priority: len(NOTEBOOKS) - place
         shell:
-            f"S2D_STORE={STORE} S2D_WORKERS={ALL} {sys.executable} -m s2d.lab.notebook run "
+            f"S2D_STORE={STORE} S2D_WORKERS={workflow.cores} {sys.executable} -m s2d.lab.notebook run "
             "{input[0]} {output.notebook} --params {input[1]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -27,7 +28,8 @@ from s2d.lab.figures.style import use_style
 from s2d.lab.models import DigitsViT
 from s2d.lab.paper import load_paper_table
 from s2d.lab.quantization import methods_table, quantization_table
-from s2d.lab.recipes import ABLATIONS, finetuning
+from s2d.lab.recipes import ABLATIONS, AS_PRINTED, finetuning
+from s2d.lab.statistics import points_lost
 from s2d.lab.store import Trained
 from s2d.lab.training import Recipe
 
@@ -43,10 +45,11 @@ def untrained(seed: int) -> Trained:
 
 
 def long(accuracies: dict[tuple[str, str], list[float]], **cell) -> pd.DataFrame:
-    """A table of one method and bit width, with seeds from 3 on."""
+    """A table of one method and bit width, with seeds from 3 on; full precision is 0.9 everywhere."""
     cell = {"method": "ERQ", "bits": "W4A4", "images": 100} | cell
     rows = [
-        {"group": group, "setting": setting, "seed": seed, "accuracy": accuracy} | cell
+        {"group": group, "setting": setting, "seed": seed, "accuracy": accuracy, "points_lost": 100 * (0.9 - accuracy)}
+        | cell
         for (group, setting), values in accuracies.items()
         for seed, accuracy in enumerate(values, start=3)
     ]
@@ -60,7 +63,7 @@ def _one_process(monkeypatch):
 
 def test_recipes_differ_from_the_baseline_in_one_setting():
     recipes = ablation_recipes([3, 4], steps=10)
-    assert set(recipes) == {(REFERENCES, v) for v in ("S2D", "AdamW", "No PCDR")} | {
+    assert set(recipes) == {(REFERENCES, v) for v in ("S2D", AS_PRINTED, "AdamW", "No PCDR")} | {
         (group, setting) for group in ABLATIONS for setting in ABLATIONS[group]
     }
     baseline = recipes[BASE][0]
@@ -78,14 +81,14 @@ def test_unknown_group():
 def test_the_baseline_has_a_name_in_each_group_that_no_ablation_has():
     baseline = finetuning("S2D", 3)
     names = {group: baseline_setting(group, baseline) for group in ABLATIONS}
-    assert names["refresh interval"] == "100" and names["tau"] == "0.6" and names["coefficients"] == "live"
+    assert names["refresh interval"] == "100" and names["coefficients"] == "cached" and names["power"] == "2"
     assert all(names[group] not in ABLATIONS[group] for group in ABLATIONS)
 
 
 def test_rows_are_those_of_the_quantization_tables():
     checkpoints = {BASE: [untrained(0), untrained(1)], TAU: [untrained(2), untrained(3)]}
     table = ablation_table(checkpoints, ["W4A4"], images=40, calibration_sets=2)
-    assert list(table.columns) == ["group", "setting", "seed", "method", "bits", "images", "accuracy"]
+    assert list(table.columns) == ["group", "setting", "seed", "method", "bits", "images", "accuracy", "points_lost"]
     assert len(table) == 2 * 2 * (1 + 2 + 1)  # settings, seeds, FP and two grids and ERQ
     assert not table.duplicated(["group", "setting", "seed", "method", "bits"]).any() and set(table.images) == {40}
     rows = table[(table.group == "tau") & (table.seed == 3)].set_index("method").accuracy
@@ -93,28 +96,34 @@ def test_rows_are_those_of_the_quantization_tables():
     erq = methods_table(alone, ["W4A4"], methods=["ERQ"], calibration_sets=2, images=40)
     assert rows["ERQ"] == erq[erq.method == "ERQ"].accuracy.mean()
     assert rows["FP"] == erq[erq.method == "FP"].accuracy.item()
+    assert np.allclose(table.points_lost, points_lost(table, ["group", "setting", "seed"]))
     rtn = quantization_table(alone, ["W4A4"], images=40).set_index("grid").accuracy
     assert rows["RTN, symmetric"] == rtn["symmetric"] and rows["RTN, asymmetric"] == rtn["asymmetric"]
 
 
 def test_differences_are_taken_within_a_seed():
-    # The seeds lie far apart; within each the ablation is 0.01, 0.02 and 0.03 above.
+    # The seeds lie far apart; within each the ablation is 1, 2 and 3 points above, and loses as many fewer.
     table = long({BASE: [0.1, 0.5, 0.9], TAU: [0.11, 0.52, 0.93]})
-    row = paired_differences(table).squeeze()
-    assert (row.group, row.setting, row.method, row.bits, row.seeds) == (*TAU, "ERQ", "W4A4", 3)
-    assert row.difference == pytest.approx(0.02) and row["std"] == pytest.approx(0.01)
-    # 4.302653 is the 97.5 % quantile of t with two degrees of freedom, from a printed table.
-    assert row.high - row.difference == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-5)
-    shuffled = paired_differences(table.sample(frac=1, random_state=0)).squeeze()
-    assert shuffled.difference == pytest.approx(row.difference)
+    found = paired_differences(table).set_index("measure")
+    assert found.index.tolist() == ["accuracy", "points lost"]
+    for measure, sign in (("accuracy", 1), ("points lost", -1)):
+        row = found.loc[measure]
+        assert (row.group, row.setting, row.method, row.bits, row.seeds) == (*TAU, "ERQ", "W4A4", 3)
+        assert row.difference == pytest.approx(sign * 2) and row["std"] == pytest.approx(1)
+        # 4.302653 is the 97.5 % quantile of t with two degrees of freedom, from a printed table.
+        assert row.high - row.difference == pytest.approx(4.302653 * 1 / math.sqrt(3), rel=1e-5)
+    shuffled = paired_differences(table.sample(frac=1, random_state=0)).set_index("measure")
+    assert shuffled.difference.to_dict() == pytest.approx(found.difference.to_dict())
 
 
-def test_every_method_has_its_own_difference():
+def test_every_method_has_its_own_difference_and_full_precision_loses_nothing():
     erq = long({BASE: [0.5, 0.6], TAU: [0.6, 0.7]})
     full = long({BASE: [0.9, 0.9], TAU: [0.8, 0.8]}, method="FP", bits="FP")
     found = paired_differences(pd.concat([full, erq]))
-    assert found.method.tolist() == ["FP", "ERQ"]  # in the order of the table
-    assert found.difference.tolist() == pytest.approx([-0.1, 0.1])
+    assert found[["measure", "method"]].apply(tuple, axis=1).tolist() == [
+        ("accuracy", "FP"), ("accuracy", "ERQ"), ("points lost", "ERQ")
+    ]  # fmt: skip
+    assert found.difference.tolist() == pytest.approx([-10, 10, -10])
 
 
 def test_a_missing_baseline():
@@ -126,14 +135,16 @@ def test_a_missing_baseline():
 
 
 def test_an_ablation_of_fewer_seeds_uses_those_it_has():
-    row = paired_differences(long({BASE: [0.1, 0.2, 0.3], TAU: [0.2, 0.4]})).squeeze()
-    assert row.seeds == 2 and row.difference == pytest.approx(0.15)
+    row = paired_differences(long({BASE: [0.1, 0.2, 0.3], TAU: [0.2, 0.4]})).iloc[0]
+    assert row.seeds == 2 and row.difference == pytest.approx(15)
 
 
 def test_the_baseline_stands_in_each_group():
-    table = with_baseline(long({BASE: [0.4], TAU: [0.5], ("power", "4"): [0.6]}), finetuning("S2D", 3))
+    baseline = finetuning("S2D", 3)
+    table = with_baseline(long({BASE: [0.4], TAU: [0.5], ("power", "4"): [0.6]}), baseline)
     cells = table.set_index(["group", "setting"]).accuracy.to_dict()
-    assert cells == {BASE: 0.4, TAU: 0.5, ("power", "4"): 0.6, ("tau", "0.6"): 0.4, ("power", "2"): 0.4}
+    own = ("tau", str(baseline.s2d["tau"]))
+    assert cells == {BASE: 0.4, TAU: 0.5, ("power", "4"): 0.6, own: 0.4, ("power", "2"): 0.4}
 
 
 def test_reported_numbers_are_those_of_the_paper():
@@ -151,14 +162,16 @@ def test_reported_numbers_are_those_of_the_paper():
 
 def test_measured_and_reported_stand_in_their_own_columns():
     measured = long({BASE: [0.4, 0.6], TAU: [0.7, 0.9]})
-    both = beside_reported(measured, finetuning("S2D", 3), method="ERQ", bits=["W4A4"])
+    baseline = finetuning("S2D", 3)
+    own = ("tau", str(baseline.s2d["tau"]))
+    both = beside_reported(measured, baseline, method="ERQ", bits=["W4A4"])
     assert list(both.columns) == ["measured FP", "measured W4A4", "reported FP", "reported W4A4"]
     assert both.loc[TAU, "measured W4A4"] == 80.0 and both.loc[TAU, "reported W4A4"] == 72.8
-    assert both.loc[("tau", "0.6"), "measured W4A4"] == 50.0 and math.isnan(both.loc[("tau", "0.6"), "reported W4A4"])
+    assert both.loc[own, "measured W4A4"] == 50.0 and math.isnan(both.loc[own, "reported W4A4"])
     assert math.isnan(both.loc[("power", "4"), "measured W4A4"]) and both.loc[("power", "4"), "reported W4A4"] == 69.6
     assert both.index[0][0] == REFERENCES
     taus = [setting for group, setting in both.index if group == "tau"]
-    assert taus == ["0.6", "0.8", "0.9", "0.95"]  # as numbers, whichever side they come from
+    assert taus == sorted({own[1], "0.8", "0.9", "0.95"})  # as numbers, whichever side they come from
     assert [setting for group, setting in both.index if group == "k_max"] == ["3", "5", "10"]
 
 
@@ -211,5 +224,6 @@ def test_figure_of_the_differences():
     full = long({BASE: [0.9, 0.9], TAU: [0.8, 0.8], ("power", "4"): [0.9, 0.9]}, method="FP", bits="FP")
     use_style()
     figure = draw.ablations(paired_differences(pd.concat([erq, full])))
-    assert [axis.get_title(loc="left") for axis in figure.axes] == ["full precision", "W4A4"]
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == ["accuracy, full precision", "accuracy, W4A4", "points lost, W4A4"]
     assert {text.get_text() for text in figure.axes[0].get_yticklabels()} == {"tau: 0.8", "power: 4"}

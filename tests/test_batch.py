@@ -43,6 +43,7 @@ def test_every_notebook_is_run_once_with_the_parameters_of_its_scale(tmp_path, s
     done = plan(tmp_path, f"scale={scale}", "from=store")
     assert done.returncode == 0, done.stderr
     text = done.stdout + done.stderr
+    assert re.findall(r"^ +threads: (\d+)$", text, re.MULTILINE) == ["2"] * len(NOTEBOOKS)  # each runs alone
     runs = re.findall(r"s2d\.lab\.notebook run notebooks/(\w+)\.ipynb (\S+) --params (\S+)", text)
     assert sorted(name for name, _, _ in runs) == NOTEBOOKS
     for name, output, params in runs:
@@ -102,10 +103,7 @@ def snakemake(folder: Path, *arguments: str) -> str:
         ("notebooks/08_figures.ipynb", {"figures"}),
         ("s2d/lab/staleness.py", {"ablations", "figures"}),
         ("s2d/lab/origins.py", {"origin_evidence", "figures"}),
-        ("s2d/lab/frontier.py", {"frontier", "figures"}),
-        ("s2d/lab/claims.py", {"figures"}),
         ("s2d/lab/figures/style.py", {"figures"}),
-        ("s2d/lab/figures/bound.py", {"figures"}),
         ("s2d/lab/tuning.py", set()),
         ("data/laptop/tuning.csv", {"frontier", "figures"}),
         ("data/paper/table07_ffn_statistics.csv", {"ablations", "figures"}),

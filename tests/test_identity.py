@@ -7,21 +7,20 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from s2d.lab import identity
 from s2d.lab.data import ClutteredDigits
+from s2d.lab.dependencies import PACKAGE
 from s2d.lab.identity import (
     VERSIONS,
+    code_files,
     code_hash,
-    code_modules,
-    code_only,
     components,
     describe,
-    imported_modules,
     kind,
-    read_package,
     rebuild,
     recipe_key,
     versions,
@@ -37,7 +36,8 @@ TINY = Recipe(
     steps=6,
     warmup=2,
     batch_size=8,
-    model=DigitsViT(image_size=16, patch_size=4, width=16, depth=1, heads=2),
+    data=ClutteredDigits(canvas=12),
+    model=DigitsViT(image_size=12, patch_size=4, width=16, depth=1, heads=2),
     measure_every=4,
 )
 SGD = replace(TINY, optimizer=Optimizer("sgd", lr=0.05))
@@ -87,7 +87,7 @@ OTHERS = {
             if f.name != "name"
         ),
     ],
-    "data": [ClutteredDigits(fragments=5), ClutteredDigits(fragment_size=4)],
+    "data": [ClutteredDigits(canvas=12, fragments=5), ClutteredDigits(canvas=12, fragment_size=4)],
     "model": [replace(TINY.model, **{f: v}) for f, v in (("patch_size", 8), ("width", 32), ("depth", 2), ("heads", 4))],
     "start": [SGD, TINY, replace(TINY, seed=5), replace(FINETUNE, seed=8), replace(FINETUNE, start=SGD)],
     "prepare": [FakeQuantization(3, 3), FakeQuantization(3, 4), FakeQuantization(3, 3, calibration_images=8)],
@@ -157,8 +157,9 @@ def test_a_raised_version_changes_the_keys_of_what_uses_it_and_of_its_descendant
         return [index for index, recipe in enumerate(recipes) if now[index] != before[index]]
 
     assert changed("loop") == list(range(8))
-    assert changed("s2d") == changed("s2d coupling=decoupled") == changed("s2d criterion=all") == [3, 7]
-    assert changed("s2d criterion=spectral") == []
+    assert changed("s2d") == changed("s2d coupling=decoupled") == changed("s2d k_max=None") == [3, 7]
+    assert changed("s2d criterion=spectral") == changed("s2d lam=0.1") == []
+    assert changed("Optimizer name=sgd") == [1]
     assert changed("FakeQuantization") == [4]
     assert changed("Capped") == [5, 6]
     assert changed("ClutteredDigits") == list(range(8))
@@ -194,69 +195,50 @@ def test_recipes_of_one_kind_differ_in_numbers_only() -> None:
 # --- the code ---
 
 
+def code_names(recipe: Recipe) -> set[str]:
+    return {path.relative_to(PACKAGE).as_posix() for path in code_files(recipe)}
+
+
 def test_the_code_of_a_recipe_comes_from_its_imports() -> None:
-    loop = {f"s2d.lab.{name}" for name in ("data", "files", "models", "training")} | {"s2d.files", "s2d.outliers"}
-    assert code_modules(TINY) == code_modules(SGD) == code_modules(FINETUNE) == loop
-    assert code_modules(replace(TINY, optimizer=Orthogonal())) >= loop | {"s2d.lab.optimizers"}
-    assert code_modules(S2D) >= loop | {"s2d.regularizer", "s2d.pcdr", "s2d.spectral", "s2d.layers", "s2d.watch"}
-    assert "s2d.layers" in code_modules(QAT) and "s2d.regularizer" not in code_modules(QAT)
+    loop = {"outliers.py", "files.py"} | {f"lab/{name}.py" for name in ("data", "files", "models", "training")}
+    assert code_names(TINY) == code_names(SGD) == code_names(FINETUNE) == loop
+    assert code_names(replace(TINY, optimizer=Orthogonal())) >= loop | {"lab/optimizers.py"}
+    assert code_names(S2D) >= loop | {"regularizer.py", "pcdr.py", "spectral.py", "layers.py", "watch.py"}
+    assert "layers.py" in code_names(QAT) and "regularizer.py" not in code_names(QAT)
     for recipe in (TINY, S2D, QAT):  # neither the names of recipes, nor how results are kept, decide a result
-        assert not code_modules(recipe) & {"s2d.lab.recipes", "s2d.lab.store", "s2d.lab.identity", "s2d"}
+        assert not code_names(recipe) & {"lab/recipes.py", "lab/store.py", "lab/identity.py", "__init__.py"}
     assert len({code_hash(recipe) for recipe in (TINY, replace(TINY, optimizer=Capped()), S2D, QAT)}) == 4
 
 
-def test_training_imports_no_more_than_its_code() -> None:
+def test_training_loads_no_more_than_its_code() -> None:
     """What Python loads, as an oracle for what the import statements say: beside the packages' own re-exports."""
     script = "import sys, s2d; a = set(sys.modules); import s2d.lab.training; print(*(set(sys.modules) - a))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert {m for m in loaded if m.startswith("s2d.")} - {"s2d.lab"} == code_modules(TINY) - {"s2d.outliers"}
+    lab = {f"{name.replace('.', '/')}.py".removeprefix("s2d/") for name in loaded if name.startswith("s2d.lab.")}
+    assert lab == {name for name in code_names(TINY) if name.startswith("lab/")}
 
 
 def test_the_hash_changes_with_the_code_of_the_recipe_alone(monkeypatch) -> None:
     recipes = {"adamw": TINY, "s2d": S2D, "qat": QAT}
     before = {name: code_hash(recipe) for name, recipe in recipes.items()}
-    own = {name: code_modules(recipe) for name, recipe in recipes.items()}
-    for module, source in list(identity.SOURCES.items()):
-        for text, counts in ((source + "\n# a comment\n", False), (source + "\nx = 1\n", True)):
-            with monkeypatch.context() as patch:
-                patch.setattr(identity, "SOURCES", identity.SOURCES | {module: text})
-                identity._hash.cache_clear()
-                now = {name: code_hash(recipe) for name, recipe in recipes.items()}
-            expected = {name for name in recipes if counts and module in own[name]}
-            assert {name for name in recipes if now[name] != before[name]} == expected, module
+    own = {name: code_names(recipe) for name, recipe in recipes.items()}
     identity._hash.cache_clear()
+    for name in ("lab/training.py", "pcdr.py", "ptq/quantizers.py", "layers.py", "lab/recipes.py", "bound.py"):
+        for added, counts in (("\n# a comment\n", False), ("\nx = 1\n", True)):
+            path = PACKAGE / name
+            with monkeypatch.context() as patch:
+                patch.setitem(identity._TEXTS, path, identity._TEXTS[path] + added)
+                now = {name: code_hash(recipe) for name, recipe in recipes.items()}
+                identity._hash.cache_clear()
+            expected = {which for which in recipes if counts and name in own[which]}
+            assert {which for which in recipes if now[which] != before[which]} == expected, name
 
 
-def test_the_source_is_that_of_the_start_of_the_process(tmp_path) -> None:
-    package = tmp_path / "s2d"
-    (package / "lab").mkdir(parents=True)
-    for name, text in {"__init__.py": "", "lab/__init__.py": "y = 1\n", "lab/a.py": "x = 1\n"}.items():
-        (package / name).write_text(text)
-    assert read_package(package) == {"s2d": "", "s2d.lab": "y = 1\n", "s2d.lab.a": "x = 1\n"}
-    assert identity.SOURCES["s2d.lab.training"].startswith('"""Training one recipe')
-
-
-def test_imports_are_followed() -> None:
-    sources = {
-        "s2d": "from s2d.a import x",
-        "s2d.a": "import math\nfrom s2d import b\ndef f():\n    import s2d.c",
-        "s2d.b": "from s2d.p import value, module",
-        "s2d.c": "from torch import nn",
-        "s2d.p": "from s2d.q import name",
-        "s2d.p.module": "",
-        "s2d.q": "name = 1",
-        "s2d.unused": "",
-    }
-    assert imported_modules(["s2d.a"], sources=sources) == {"s2d.a", "s2d.b", "s2d.c", "s2d.p", "s2d.p.module", "s2d.q"}
-    assert imported_modules(["s2d.a"], sources=sources, without=["s2d.p"]) == {
-        "s2d.a",
-        "s2d.b",
-        "s2d.c",
-        "s2d.p.module",
-    }
-    assert imported_modules(["s2d.p.module", "nothing"], sources=sources) == {"s2d.p.module"}
-    with pytest.raises(ValueError, match="s2d.r imports from .a: give the module's full name"):
-        imported_modules(["s2d.r"], sources={"s2d.r": "from .a import x"})
+def test_the_source_is_that_of_the_start_of_the_process(monkeypatch) -> None:
+    before = code_hash(S2D)
+    identity._hash.cache_clear()
+    monkeypatch.setattr(Path, "read_text", lambda *a, **k: pytest.fail("read again"))
+    assert code_hash(S2D) == before
 
 
 def test_a_class_from_elsewhere_is_refused() -> None:
@@ -266,82 +248,3 @@ def test_a_class_from_elsewhere_is_refused() -> None:
 
     with pytest.raises(ValueError, match="a class of .*test_identity: put it into s2d/lab"):
         code_hash(replace(TINY, optimizer=Mine()))
-
-
-SOURCE = '''"""A module."""
-
-from math import pi  # a constant
-
-TEXT = "# not a comment"
-
-
-class Shape:
-    """A class.
-
-    With a longer docstring.
-    """
-
-    sides = 4  # of a square
-
-    def area(self, r):
-        """A method."""
-        return pi * r**2
-
-
-async def wait():
-    return 1
-'''
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("  # a constant", ""),
-        ("# of a square", "# of a rectangle, not necessarily a square"),
-        ('"""A module."""', '"""Another module,\n\nwith more to say."""'),
-        ('"""A module."""\n', ""),
-        ("    With a longer docstring.\n", ""),
-        ('        """A method."""\n', ""),
-        ('        """A method."""\n', "        '''Another.'''\n        # and a comment\n"),
-        ("\n\nclass", "\n\n\n# a heading\n\nclass"),
-        ("    sides = 4", "\n    sides = 4"),
-        ("pi * r**2", "pi * r**2   "),
-    ],
-)
-def test_comments_docstrings_and_blank_lines_do_not_count(old: str, new: str) -> None:
-    assert SOURCE.count(old) >= 1
-    assert code_only(SOURCE.replace(old, new, 1)) == code_only(SOURCE)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"# not a comment"', '"# another text"'),
-        ("sides = 4", "sides = 5"),
-        ("r**2", "r**3"),
-        ("return pi", "return 2 * pi"),
-        ("class Shape", "class Form"),
-        ("        return pi", "        if r > 0:\n            return pi"),
-        ("return 1", "return 2"),
-        ("async def", "def"),
-    ],
-)
-def test_code_counts(old: str, new: str) -> None:
-    assert SOURCE.count(old) == 1
-    assert code_only(SOURCE.replace(old, new)) != code_only(SOURCE)
-
-
-@pytest.mark.parametrize(
-    ("one", "two"),
-    [
-        ('def f(a=1): "Doc."\n', 'def f(a=2): "Doc."\n'),
-        ('class A(int): "Doc."\n', 'class A(str): "Doc."\n'),
-        ('"""Doc."""; x = 1\n', '"""Doc."""; x = 2\n'),
-        ('def f():\n    """Doc."""; return 1\n', 'def f():\n    """Doc."""; return 2\n'),
-        ('x = """a\n\nb"""\n', 'x = """a\nb"""\n'),
-        ('x = """a  \nb"""\n', 'x = """a\nb"""\n'),
-        ("x = 1\nif x:\n    y = 2\n    z = 3\n", "x = 1\nif x:\n    y = 2\nz = 3\n"),
-    ],
-)
-def test_code_beside_a_docstring_and_text_over_lines_count(one: str, two: str) -> None:
-    assert code_only(one) != code_only(two)

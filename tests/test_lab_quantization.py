@@ -137,4 +137,4 @@ def test_figures_of_all_methods(checkpoints):
     table = methods_table(checkpoints, ["W8A8", "W4A4"], methods=["RTN", "ERQ"], calibration_sets=1, images=20)
     figure = draw.ptq_methods(table)
     assert [axis.get_title() or axis.get_title(loc="left") for axis in figure.axes[:2]] == ["RTN", "ERQ"]
-    assert len(figure.axes) == 4 and figure.axes[2].get_yscale() == "log"
+    assert len(figure.axes) == 6 and figure.axes[4].get_yscale() == "log"

@@ -9,11 +9,19 @@ import yaml
 
 from s2d.lab.dependencies import published_figures
 from s2d.lab.notebook import check_notebook, read_parameters
-from s2d.lab.recipes import ABLATION_SEEDS, EVIDENCE_SEEDS, FINETUNE_STEPS, PRETRAIN_STEPS, SEEDS, VARIANTS
+from s2d.lab.recipes import (
+    ABLATION_SEEDS,
+    EVIDENCE_SEEDS,
+    FINETUNE_STEPS,
+    INTERVENTION_SEEDS,
+    PRETRAIN_STEPS,
+    SEEDS,
+    VARIANTS,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
-SEEDS_OF = {"06_ablations": ABLATION_SEEDS, "07_frontier": EVIDENCE_SEEDS}
+SEEDS_OF = {"05_origin_evidence": INTERVENTION_SEEDS, "06_ablations": ABLATION_SEEDS, "07_frontier": EVIDENCE_SEEDS}
 SCALES = sorted(path.name for path in (ROOT / "notebooks" / "params").iterdir())
 
 

@@ -12,9 +12,12 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from s2d.lab import origins
-from s2d.lab.evaluate import layer_statistics
+from s2d.lab.evaluate import layer_statistics, with_points_lost
 from s2d.lab.figures import evidence as draw
 from s2d.lab.figures import style
+from s2d.lab.figures.bound import pcdr_correlation
+from s2d.lab.figures.ptq import accuracy_by_bits
+from s2d.lab.frontier import frontier_table
 from s2d.lab.models import DigitsViT
 from s2d.lab.optimizers import LessAdaptive, Orthogonal, RotatedBasis, random_rotation
 from s2d.lab.recipes import INTERVENTIONS
@@ -96,7 +99,7 @@ def test_nothing_to_compare():
     with pytest.raises(ValueError, match="no checkpoints"):
         origins.matched_table({})
     with pytest.raises(ValueError, match="no checkpoints"):
-        origins.growth_table([])
+        origins.growth_table({"AdamW": []})
 
 
 # --- doses ------------------------------------------------------------------------------------------------------------
@@ -124,6 +127,33 @@ def test_doses_are_read_from_the_optimizer_and_not_from_its_name():
 def test_the_eps_of_plain_adamw_is_torchs():
     model = MODEL.build(0)
     assert LessAdaptive.eps == Optimizer("adamw").build(model).defaults["eps"]
+
+
+def doses(*responses: tuple[float, ...]) -> pd.DataFrame:
+    """The kurtosis of each seed at doses 1, 2, 3, ..."""
+    return pd.DataFrame(
+        {"knob": "eps", "seed": seed, "dose": float(dose), "excess_kurtosis": kurtosis}
+        for seed, response in enumerate(responses)
+        for dose, kurtosis in enumerate(response, start=1)
+    )
+
+
+def test_a_response_is_asked_within_each_seed():
+    """Seeds far apart, each falling: the pool of both would hardly correlate."""
+    table = doses((103.0, 102.0, 101.0), (3.0, 2.0, 1.0))
+    found = origins.dose_response(table).iloc[0]
+    assert (found.knob, found.correlation, found.low, found.high, found.seeds) == ("eps", -1.0, -1.0, -1.0, 2)
+    assert abs(table.dose.corr(table.excess_kurtosis, method="spearman")) < 0.5
+
+
+def test_seeds_that_disagree_have_a_wide_interval():
+    found = origins.dose_response(doses((1.0, 2.0, 3.0), (3.0, 2.0, 1.0), (1.0, 3.0, 2.0))).iloc[0]
+    assert found.correlation == pytest.approx((1 - 1 + 0.5) / 3) and found.low < 0 < found.high
+
+
+def test_one_dose_is_no_response():
+    with pytest.raises(ValueError, match="eps has the dose 1.0 only: a response needs two"):
+        origins.dose_response(doses((1.0,), (2.0,)))
 
 
 @pytest.mark.parametrize("baseline", ["Adam", "SGD"])
@@ -208,7 +238,7 @@ def test_writers_name_the_planted_layer_and_add_up():
 
 def test_growth_has_a_row_a_layer_and_the_numbers_of_layer_statistics():
     runs = [trained(planted(), steps=steps) for steps in (2, 6)]
-    table = origins.growth_table(runs, images=8)
+    table = origins.growth_table({"short": runs[:1], "long": runs[1:]}, images=8)
     assert len(table) == 2 * 8 and table.groupby("steps").layer.nunique().tolist() == [8, 8]
     own = layer_statistics(runs[0], images=8, k_max=1)
     for column in ("layer", "sigma_1", "pcdr_1", "max_abs", "excess_kurtosis"):
@@ -222,6 +252,29 @@ def test_input_norms_are_those_of_layer_norm():
     norms = origins.largest_input_norms(planted().eval(), RECIPE.data.fixed_set("calibration", 4)[0])
     for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.attn.qkv", "blocks.1.mlp.fc1"):
         assert norms[name] == pytest.approx(4.0, rel=1e-3)
+
+
+def test_the_summary_has_a_row_a_run_with_the_numbers_of_each():
+    runs = {f"{steps} steps": [trained(planted(), history(0.1, 0.5), steps=steps)] for steps in (2, 6)}
+    with torch.no_grad():
+        runs["6 steps"][0].weights["blocks.1.mlp.fc1.weight"].copy_(7 * torch.eye(64, 16))
+    table = origins.growth_summary(runs, bits=["W4A4"], images=16)
+    assert table.steps.tolist() == [2, 6] and table.excess_kurtosis.tolist() == [10, 10]
+    assert table.ffn_sigma_1[1] == pytest.approx(7) and table.ffn_sigma_1[0] < 2
+    measured = frontier_table(runs, bits=["W4A4"], methods=["ERQ"], erq_bits=(), images=16)
+    erq = measured[(measured.method == "ERQ") & (measured.variant == "6 steps")].accuracy.iloc[0]
+    assert table["ERQ W4A4"][1] == erq
+    assert list(table.columns[4:]) == ["FP", "RTN, symmetric W4A4", "RTN, asymmetric W4A4", "ERQ W4A4"]
+
+
+def test_a_channel_that_carries_everything_meets_the_ceiling():
+    """Entries of which one in w is +-a and the rest nothing: w - 3, up to the noise of a fresh network."""
+    model = MODEL.build(0)
+    with torch.no_grad():
+        model.pos_embed[:, ::2, 3], model.pos_embed[:, 1::2, 3] = 1e4, -1e4
+    row = origins.width_table({"planted": [trained(model)]}, images=8).iloc[0]
+    assert row.width == 16 and row.ceiling == 13
+    assert row.excess_kurtosis == pytest.approx(13, abs=0.1) and row.largest_block == pytest.approx(13, abs=0.1)
 
 
 # --- correlation ------------------------------------------------------------------------------------------------------
@@ -321,7 +374,7 @@ def test_the_seed_decides_the_interval():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (growth().iloc[1:], "sigma_1 is not known once for every seed, layer and length"),
+        (growth().iloc[1:], "sigma_1 is not known once for every seed, layer, steps"),
         (pd.concat([growth(), growth().iloc[:1]]), "sigma_1 is not known once"),
         (growth().assign(pcdr_1=float("nan")), "pcdr_1 is not known once"),
         (growth().assign(max_abs=2.0), "max_abs is 2.0 everywhere: there is nothing to correlate"),
@@ -332,6 +385,62 @@ def test_the_seed_decides_the_interval():
 def test_tables_without_a_correlation(table, message):
     with pytest.raises(ValueError, match=message):
         origins.correlation_table(table, resamples=5)
+
+
+def layers(seeds: int = 3, count: int = 8, noise: int = 0) -> pd.DataFrame:
+    """AdamW's layers have ten times SGD's singular values and activations; within a network both are random."""
+    rng = np.random.default_rng(noise)
+    index = [(v, s, f"l{i}") for v in ("AdamW", "SGD") for s in range(seeds) for i in range(count)]
+    table = pd.DataFrame(index, columns=["variant", "seed", "layer"])
+    columns = ["sigma_1", "max_abs", "pcdr_1", "spectral_pcdr_1"]
+    table = table.assign(**{c: rng.uniform(1, 2, size=len(table)) for c in columns})
+    table.loc[table.variant == "AdamW", ["sigma_1", "max_abs"]] *= 10
+    return table
+
+
+def test_a_correlation_over_optimizers_can_vanish_within_them():
+    table = layers(seeds=12, count=20)
+    found = origins.layer_correlation_table(table, resamples=200).set_index(["variant", "x", "scope"])
+    pooled = found.loc["AdamW and SGD", "sigma_1", "all together"]
+    assert pooled.correlation > 0.6 and pooled.low > 0.5
+    for variant in ("AdamW and SGD", "AdamW", "SGD"):
+        within = found.loc[variant, "sigma_1", "over layers, within a network"]
+        assert abs(within.correlation) < 0.2 and within.low < 0 < within.high
+
+
+def test_layer_correlations_are_scipys_within_each_network():
+    table = layers()
+    found = origins.layer_correlation_table(table, resamples=5).set_index(["variant", "x", "scope"])
+    for variant, part in [("AdamW and SGD", table), *table.groupby("variant")]:
+        networks = [network for _, network in part.groupby(["variant", "seed"])]
+        each = [spearmanr(network.pcdr_1, network.max_abs).statistic for network in networks]
+        assert found.correlation[variant, "pcdr_1", "over layers, within a network"] == pytest.approx(np.mean(each))
+        together = spearmanr(part.pcdr_1, part.max_abs).statistic
+        assert found.correlation[variant, "pcdr_1", "all together"] == pytest.approx(together)
+        assert (found.loc[variant].seeds == 3).all() and (found.loc[variant].layers == 8).all()
+
+
+def test_one_layer_has_no_correlation_over_layers():
+    with pytest.raises(ValueError, match="1 layers: a correlation over them needs two"):
+        origins.layer_correlation_table(layers(count=1))
+
+
+# --- points lost ------------------------------------------------------------------------------------------------------
+
+
+def test_points_are_lost_against_the_same_checkpoint_on_the_same_grid():
+    rows = [
+        ("AdamW", 2, "symmetric", "FP", 0.9),
+        ("AdamW", 2, "symmetric", "W4A4", 0.7),
+        ("AdamW", 2, "asymmetric", "FP", 0.9),
+        ("AdamW", 2, "asymmetric", "W4A4", 0.8),
+        ("SGD", 3, "symmetric", "FP", 0.5),
+        ("SGD", 3, "symmetric", "W4A4", 0.6),
+    ]
+    table = pd.DataFrame(rows, columns=["variant", "seed", "grid", "bits", "accuracy"])
+    np.testing.assert_allclose(with_points_lost(table).points_lost, [0, 20, 0, 10, 0, -10])
+    with pytest.raises(ValueError, match="no accuracy in full precision"):
+        with_points_lost(table[1:])
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -346,18 +455,37 @@ def test_figures_are_drawn_from_the_tables_alone():
     kinds = {"AdamW": Optimizer("adamw"), "SGD": Optimizer("sgd"), "less": LessAdaptive("adamw", eps=1e-2)}
     runs = {name: [trained(planted(), history(0.1, 0.5), optimizer=o)] for name, o in kinds.items()}
     matched = origins.matched_table(runs)
-    ptq = pd.DataFrame([{"variant": v, "bits": b, "accuracy": 0.5} for v in kinds for b in ("FP", "W4A4")])
+    row = {"seed": 0, "grid": "asymmetric", "accuracy": 0.5}
+    ptq = pd.DataFrame([row | {"variant": v, "bits": b} for v in kinds for b in ("FP", "W4A4", "W3A3")])
     shown = {name: runs[name] for name in ("AdamW", "SGD")}
     where, writers = (make(shown, images=4) for make in (origins.outlier_location_table, origins.outlier_writers_table))
     measured = growth().assign(sigma_1=lambda t: t.sigma_1.abs(), max_abs=lambda t: t.max_abs.abs())
+    summary = pd.DataFrame(
+        {"steps": n, "seed": seed, "excess_kurtosis": n / 100, "ffn_sigma_1": 2.0, "FP": 0.9, "ERQ W3A3": 0.8}
+        for n in (750, 1500)
+        for seed in (2, 3)
+    )
+    widths = origins.width_table(shown, images=4)
     figures = [
         draw.origins_interventions(matched, ptq),
         draw.origins_doses(matched),
         draw.origins_where(where, writers),
         draw.origins_growth(measured, origins.correlation_table(measured, resamples=5)),
+        draw.origins_severity(summary, widths),
+        pcdr_correlation(layers(), origins.layer_correlation_table(layers(), resamples=5)),
     ]
-    assert [len(figure.axes) for figure in figures] == [2, 2, 4, 2]
+    assert [len(figure.axes) for figure in figures] == [3, 2, 4, 2, 4, 2]
     assert [tick.get_text() for tick in figures[0].axes[0].get_yticklabels()] == list(kinds)
     assert [tick.get_text() for tick in figures[1].axes[0].get_xticklabels()] == ["1e-08", "0.01"]
     for figure in figures:
         draw.plt.close(figure)
+
+
+def test_two_grids_are_not_drawn_as_one():
+    row = {"variant": "AdamW", "seed": 0, "accuracy": 0.5}
+    table = pd.DataFrame([row | {"grid": g, "bits": b} for g in ("symmetric", "asymmetric") for b in ("FP", "W4A4")])
+    with pytest.raises(ValueError, match="the grids symmetric, asymmetric: draw one at a time"):
+        accuracy_by_bits(table)
+    figure = accuracy_by_bits(table[table.grid == "symmetric"])
+    assert all("symmetric grid" in axis.get_xlabel() for axis in figure.axes)
+    draw.plt.close(figure)

@@ -18,6 +18,7 @@ from s2d.ptq.twin_uniform import TwinUniformGELU, TwinUniformSoftmax
 
 WIDTH, HEADS, TOKENS, CLASSES = 8, 2, 5, 3
 GELU_LOW = 0.16997124254703522
+NEAREST_TO_1 = 0.9977  # of the factors: what the search starts with
 
 
 def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -102,8 +103,12 @@ def start(x: Tensor, bits: int) -> float:
     return float(x.abs().max()) / (2 ** (bits - 1) - 0.5)
 
 
+def first_of_the_least(errors: list[float]) -> int:
+    return next(i for i, error in enumerate(errors) if error <= min(errors) * 1.0001)
+
+
 def winner(error) -> int:
-    return min(range(100), key=lambda i: float(error(FACTORS[i])))
+    return first_of_the_least([float(error(c)) for c in FACTORS])
 
 
 def best_scale(x: Tensor, first: float, other: Tensor, y: Tensor, g: Tensor, bits: int, quantize=rounded) -> float:
@@ -116,7 +121,7 @@ def search_linear(x: Tensor, w: Tensor, g: Tensor, bits: int, parts: int, quanti
     blocks, g_blocks = w.chunk(parts, 1), g.chunk(parts, -1)
     positive = x.clamp(min=0) if quantize is rounded_gelu else x
     w_start, x_start = [start(block, bits) for block in blocks], start(positive, bits)
-    w_scale, x_scale = [], x_start
+    w_scale, x_scale = [], NEAREST_TO_1 * x_start
     for _ in range(3):
         xq = quantize(x, x_scale, bits)
         w_scale = [
@@ -134,7 +139,7 @@ def search_product(left: Tensor, right: Tensor, g: Tensor, bits: int) -> tuple[l
     for h in range(left.shape[1]):
         a, b, y, weight = left[:, h], right[:, h], left[:, h] @ right[:, h], g[:, h]
         a_start, b_start = start(a, bits), start(b, bits)
-        a_scale, b_scale = a_start, b_start
+        b_scale = NEAREST_TO_1 * b_start
         for _ in range(3):
             a_scale = best_scale(a, a_start, rounded(b, b_scale, bits), y, weight, bits)
             b_scale = best_scale(b.mT, b_start, rounded(a, a_scale, bits).mT, y.mT, weight.mT, bits)
@@ -145,13 +150,15 @@ def search_product(left: Tensor, right: Tensor, g: Tensor, bits: int) -> tuple[l
 
 def best_split(p: Tensor, other: Tensor, y: Tensor, g: Tensor, bits: int) -> float:
     splits = [2.0**-i for i in range(20)]
-    return min(splits, key=lambda s: float(((y - rounded_softmax(p, s, bits) @ other) * g).square().sum()))
+    return splits[
+        first_of_the_least([float(((y - rounded_softmax(p, s, bits) @ other) * g).square().sum()) for s in splits])
+    ]
 
 
 def search_mix(p: Tensor, v: Tensor, g: Tensor, bits: int) -> tuple[float, list]:
     """The split of the probabilities, and the scale of every head of the values."""
     starts = [start(v[:, h], bits) for h in range(HEADS)]
-    scales, split, y = list(starts), 1.0, p @ v
+    scales, split, y = [NEAREST_TO_1 * first for first in starts], 1.0, p @ v
     for _ in range(3):
         vq = torch.stack([rounded(v[:, h], scales[h], bits) for h in range(HEADS)], 1)
         split = best_split(p, vq, y, g, bits)
@@ -207,6 +214,18 @@ def test_base_ptq_is_plain_loops_with_plain_errors_and_uniform_grids(bits: int) 
         a_scales, b_scales = search_product(left, right, torch.ones_like(g), bits)
         assert scale_of(getattr(found, name).left_quantizer) == pytest.approx(a_scales)
         assert scale_of(getattr(found, name).right_quantizer) == pytest.approx(b_scales)
+
+
+@pytest.mark.parametrize(("method", "bits", "bias"), [(ptq4vit, 4, False), (base_ptq, 3, True)])
+def test_rounding_decides_nothing(method, bits: int, bias: bool) -> None:
+    """A change of the images by rounding, as another kernel makes it in every sum, changes no scale by more."""
+    model = transformer(bits, bias=bias)
+    plain = quantized(model, IMAGES, method, bits, rows=None).state_dict()
+    for seed in range(8):
+        noise = 1 + 1e-15 * data(*IMAGES.shape, seed=seed)
+        moved = quantized(model, IMAGES * noise, method, bits, rows=None).state_dict()
+        for name, expected in plain.items():
+            torch.testing.assert_close(moved[name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("method", [ptq4vit, base_ptq])
@@ -273,7 +292,8 @@ def test_the_race_has_the_winner_of_the_full_sums() -> None:
             asked.append(len(candidates) * len(errors[block]))
             return errors[block][:, candidates].sum(0)
 
-        assert torch.equal(race(factor, look_up, blocks), errors.sum(0).argmin(0))
+        expected = [first_of_the_least(column) for column in errors.sum(0).T.tolist()]
+        assert race(factor, look_up, blocks).tolist() == expected
         assert seed % 5 or sum(asked) < 1200  # not all of them to the end
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2d.lab.identity import code_modules, recipe_key
+from s2d.lab.identity import code_files, recipe_key
 from s2d.lab.recipes import finetuning, quantization_aware
 from s2d.lab.store import Trained, obtain
 from s2d.ptq import quantize
@@ -146,10 +146,13 @@ def test_the_key_holds_the_bits_and_the_start() -> None:
 
 
 def test_only_training_with_quantization_depends_on_the_quantizers() -> None:
-    quantizers = {"s2d.ptq.qat", "s2d.ptq.quantizers", "s2d.layers"}  # layers: what can be quantized
-    assert quantizers <= code_modules(tiny())
-    assert not quantizers & code_modules(tiny().start)
-    assert not any(module.startswith("s2d.ptq") for module in code_modules(tiny("S2D").start))
+    def code(recipe) -> set[str]:
+        return {"/".join(path.parts[-2:]) for path in code_files(recipe)}
+
+    quantizers = {"ptq/qat.py", "ptq/quantizers.py", "s2d/layers.py"}  # layers: what can be quantized
+    assert quantizers <= code(tiny())
+    assert not quantizers & code(tiny().start)
+    assert not any(name.startswith("ptq") for name in code(tiny("S2D").start))
 
 
 def test_only_a_model_in_training_is_finished() -> None:

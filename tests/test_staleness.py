@@ -156,6 +156,16 @@ def test_a_step_without_penalty_is_a_step_of_adamw(recipe):
     assert torch.allclose(followed.state_dict()[name], twin.state_dict()[name], atol=1e-6)
 
 
+def test_the_gradient_is_clipped_as_in_training(recipe):
+    """With plain SGD a step is no longer than the learning rate times the clip, whatever the gradient."""
+    clipped = Optimizer("sgd", lr=1.0, weight_decay=0.0, momentum=0.0, clip=1e-3)
+    model = recipe.model.build(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    follow(model, recipe, Mode(lam=0.0, optimizer=clipped), steps=1, refresh_every=5, every=5)
+    moved = sum((tensor - before[name]).square().sum() for name, tensor in model.state_dict().items()).sqrt().item()
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("counts", [{"steps": 0}, {"refresh_every": 0}, {"every": -1}])
 def test_bad_counts(counts):
     name, value = next(iter(counts.items()))

@@ -10,7 +10,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from s2d.lab.statistics import mean_and_spread, paired_interval, pareto_front
+from s2d.lab.statistics import (
+    VERDICTS,
+    excludes,
+    in_words,
+    mean_and_spread,
+    paired_interval,
+    pareto_front,
+    points_lost,
+    verdict,
+)
 
 # --- paired intervals ---
 
@@ -81,6 +90,113 @@ def test_bad_differences(differences):
 def test_bad_confidence(confidence):
     with pytest.raises(ValueError, match=f"confidence is {confidence}: .*0.95 is usual"):
         paired_interval([1.0, 2.0], confidence=confidence)
+
+
+# --- verdicts ---
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "expected"),
+    [
+        ([1, 2, 3, 2], {}, "reproduced"),
+        ([-1, -2, -3, -2], {}, "not reproduced"),
+        ([1, -2, 3], {}, "undecided"),
+        ([0.1, -0.2, 0.15], {}, "equivalent"),
+        ([0.0, 0.0], {}, "equivalent"),
+        ([0.1, -0.2, 0.15], {"equivalence": 0}, "undecided"),
+        ([0.0, 0.0], {"equivalence": 0}, "undecided"),
+        ([30, -40, 35], {"equivalence": 200}, "equivalent"),
+        # The sign comes first: a sure effect is none the less one for being small.
+        ([0.2, 0.3, 0.25], {}, "reproduced"),
+        ([-0.2, -0.3, -0.25], {}, "not reproduced"),
+        # "Not lower": lower by less than the margin, across it, and by more.
+        ([-0.1, -0.2, -0.15], {"margin": 1}, "reproduced"),
+        ([0.1, -0.2, 0.15], {"margin": 1}, "reproduced"),
+        ([-0.5, -1.5, -1.0], {"margin": 1}, "undecided"),
+        ([-2.1, -2.2, -2.15], {"margin": 1}, "not reproduced"),
+        ([5], {}, "undecided"),  # one pair has no interval
+        ([0.0], {}, "undecided"),
+    ],
+)
+def test_verdict(values, options, expected):
+    assert verdict(paired_interval(values), **options) == expected and expected in VERDICTS
+
+
+def test_verdict_is_the_paired_t_test():
+    """Without equivalence, an interval leaves zero out exactly where scipy's test rejects at 5 %."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values = rng.normal(0.7, 1.0, size=5)
+        decided = verdict(paired_interval(values), equivalence=0) != "undecided"
+        assert decided == (stats.ttest_1samp(values, 0).pvalue < 0.05)
+
+
+def test_equivalence_is_two_one_sided_tests():
+    """Where the sign is not sure, equivalent means that both one-sided tests at 2.5 % reject a point of difference."""
+    rng = np.random.default_rng(1)
+    seen = set()
+    for _ in range(60):
+        values = rng.normal(0.0, 0.6, size=6)
+        says = verdict(paired_interval(values))
+        seen.add(says)
+        if says in ("equivalent", "undecided"):
+            low = stats.ttest_1samp(values, -1, alternative="greater").pvalue < 0.025
+            high = stats.ttest_1samp(values, 1, alternative="less").pvalue < 0.025
+            assert (says == "equivalent") == (low and high)
+    assert {"equivalent", "undecided"} <= seen
+
+
+@pytest.mark.parametrize("options", [{"margin": -1}, {"equivalence": -0.1}, {"margin": math.nan}])
+def test_bad_bands(options):
+    with pytest.raises(ValueError, match="neither may be below zero"):
+        verdict(paired_interval([1.0, 2.0]), **options)
+
+
+def test_an_interval_excludes_what_lies_outside():
+    interval = paired_interval([1.0, 2.0, 3.0])  # -0.48 to 4.48
+    assert [excludes(interval, value) for value in (-0.5, -0.4, 4.4, 4.5)] == [True, False, False, True]
+    assert not excludes(paired_interval([1.0]), 100.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2.0, 3.0, 2.5], "a is above b: +2.50 ["),
+        ([-2.0, -3.0, -2.5], "a is below b: -2.50 ["),
+        ([0.1, -0.2, 0.15], "a and b are equal within 1: +0.02 ["),
+        ([5.0, -4.0, 1.0], "a and b are not told apart: +0.67 ["),
+        ([5.0], "a and b are not told apart: +5.00 [+nan, +nan]"),
+    ],
+)
+def test_words_say_what_the_interval_does(values, expected):
+    assert in_words("a", "b", paired_interval(values)).startswith(expected)
+
+
+# --- points lost ---
+
+
+def test_points_lost_by_hand():
+    table = pd.DataFrame(
+        {
+            "variant": ["a", "a", "b", "a", "a", "b"],
+            "seed": [0, 0, 0, 1, 1, 0],
+            "method": ["ERQ", "FP", "RTN", "FP", "ERQ", "FP"],
+            "accuracy": [0.75, 0.9, 0.8, 0.5, 0.55, 0.8],
+        },
+        index=range(10, 16),
+    )
+    lost = points_lost(table, ["variant", "seed"])
+    assert lost.tolist() == [15, 0, 0, 0, -5, 0] and lost.index.equals(table.index)
+    assert "-0.0" not in lost.astype(str).tolist()
+
+
+def test_points_lost_asks_for_one_full_precision_a_checkpoint():
+    table = pd.DataFrame({"seed": [0, 0, 1], "method": ["FP", "ERQ", "ERQ"], "accuracy": [0.9, 0.8, 0.7]})
+    with pytest.raises(ValueError, match="^1 has no accuracy in full precision: measure it"):
+        points_lost(table, ["seed"])
+    twice = pd.concat([table[:2], table[:1]], ignore_index=True)
+    with pytest.raises(ValueError, match="^0 has two accuracies in full precision: keep one row"):
+        points_lost(twice, ["seed"])
 
 
 # --- mean and spread ---

@@ -25,7 +25,8 @@ TINY = Recipe(
     steps=6,
     warmup=2,
     batch_size=8,
-    model=DigitsViT(image_size=16, patch_size=4, width=16, depth=1, heads=2),
+    data=ClutteredDigits(canvas=12),
+    model=DigitsViT(image_size=12, patch_size=4, width=16, depth=1, heads=2),
     measure_every=4,
 )
 SGD = replace(TINY, optimizer=Optimizer("sgd", lr=0.05, weight_decay=0.01, clip=1.0))
@@ -100,7 +101,7 @@ def interrupting(after: int):
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"measure_every": 0}, "measure_every=0"),
-        ({"data": ClutteredDigits(canvas=24)}, "canvas 24 and model image_size 16 must be equal"),
+        ({"data": ClutteredDigits(canvas=24)}, "canvas 24 and model image_size 12 must be equal"),
         ({"start": replace(TINY, model=replace(TINY.model, width=32))}, "cannot fine-tune .*width=32.* as .*width=16"),
         ({"start": QAT}, "cannot start from a model prepared by FakeQuantization.*start from what that began with"),
     ],

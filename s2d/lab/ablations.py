@@ -11,8 +11,8 @@ import torch
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints, each, gather_outliers
 from s2d.lab.paper import load_paper_table
 from s2d.lab.quantization import TEST_IMAGES, methods_table, quantization_table
-from s2d.lab.recipes import ABLATIONS, ablation, finetuning
-from s2d.lab.statistics import paired_interval
+from s2d.lab.recipes import ABLATIONS, AS_PRINTED, ablation, finetuning
+from s2d.lab.statistics import paired_interval, points_lost
 from s2d.lab.store import Trained
 from s2d.lab.training import Recipe
 from s2d.layers import linear_maps
@@ -22,9 +22,9 @@ from s2d.spectral import top_singular_triplets
 BASELINE = "S2D"
 REFERENCES = "references"
 """Group of the fine-tunings to which ablations are compared; the others are groups of ``recipes.ABLATIONS``."""
-REFERENCE_VARIANTS = (BASELINE, "AdamW", "No PCDR")
+REFERENCE_VARIANTS = (BASELINE, AS_PRINTED, "AdamW", "No PCDR")
 KEY = ["group", "setting"]
-CELL = [*KEY, "method", "bits"]
+CELL = [*KEY, "method", "bits", "measure"]
 
 
 def ablation_recipes(
@@ -44,8 +44,8 @@ def ablation_recipes(
         ValueError: for an unknown group.
 
     Example:
-        >>> list(ablation_recipes([3], groups=["tau"]))[-2:]
-        [('tau', '0.8'), ('tau', '0.95')]
+        >>> list(ablation_recipes([3], groups=["power"]))[-2:]
+        [('power', '3'), ('power', '4')]
     """
     for group in groups:
         if group not in ABLATIONS:
@@ -86,7 +86,8 @@ def ablation_table(
         calibration_sets: ERQ calibrates on that many disjoint sets; the accuracy is their mean.
 
     Returns:
-        Columns group, setting, seed, method, bits, images, accuracy. Full precision has the method ``"FP"``.
+        Columns group, setting, seed, method, bits, images, accuracy, points_lost (to quantization, see
+        :func:`s2d.lab.statistics.points_lost`). Full precision has the method ``"FP"``.
 
     Raises:
         ValueError: for an unknown bit width, before anything is computed.
@@ -100,8 +101,8 @@ def ablation_table(
     )
     columns = ["variant", "seed", "method", "bits", "images"]
     table = pd.concat([rounded, erq]).groupby(columns, sort=False).accuracy.mean().reset_index()
-    names = pd.DataFrame(table.pop("variant").tolist(), columns=KEY)
-    return names.join(table)
+    table = pd.DataFrame(table.pop("variant").tolist(), columns=KEY).join(table)
+    return table.assign(points_lost=points_lost(table, [*KEY, "seed"]))
 
 
 def paired_differences(table: pd.DataFrame, *, baseline: tuple[str, str] = (REFERENCES, BASELINE)) -> pd.DataFrame:
@@ -112,13 +113,16 @@ def paired_differences(table: pd.DataFrame, *, baseline: tuple[str, str] = (REFE
         baseline: its group and setting.
 
     Returns:
-        Columns group, setting, method, bits, difference (mean over seeds, in the unit of accuracy), std, low, high
-        (95 % t-interval), seeds.
+        Columns group, setting, method, bits, measure ("accuracy" or "points lost"; the second not in full precision,
+        where it is 0), difference (points, mean over seeds), std, low, high (95 % t-interval), seeds.
 
     Raises:
         ValueError: if the baseline is not in the table, or lacks a seed.
     """
-    wide = table.pivot(index=["method", "bits", "seed"], columns=KEY, values="accuracy")
+    accuracies = table.assign(measure="accuracy", value=100 * table.accuracy)
+    lost = table[table.method != "FP"].assign(measure="points lost", value=lambda t: t.points_lost)
+    long = pd.concat([accuracies, lost])
+    wide = long.pivot(index=["method", "bits", "measure", "seed"], columns=KEY, values="value")
     if baseline not in wide.columns or wide[baseline].isna().any():
         raise ValueError(
             f"the baseline {baseline} is not there for every seed: measure it on the seeds of the ablations"
@@ -129,7 +133,7 @@ def paired_differences(table: pd.DataFrame, *, baseline: tuple[str, str] = (REFE
         mean, std, low, high, n = paired_interval(values.tolist())
         row = {"difference": mean, "std": std, "low": low, "high": high, "seeds": n}
         rows.append(dict(zip(CELL, cell, strict=True)) | row)
-    return table[CELL].drop_duplicates().merge(pd.DataFrame(rows), on=CELL)  # in the order of the table
+    return long[CELL].drop_duplicates().merge(pd.DataFrame(rows), on=CELL)  # in the order of the table
 
 
 def with_baseline(table: pd.DataFrame, baseline: Recipe) -> pd.DataFrame:
@@ -204,11 +208,8 @@ def reported_ablations() -> pd.DataFrame:
 
 
 SELECTION_CRITERIA: dict[str, dict[str, Any]] = {
-    "activation, tau 0.95": {"criterion": "activation", "tau": 0.95},
-    "activation, tau 0.6": {"criterion": "activation", "tau": 0.6},
-    "spectral, tau 0.95": {"criterion": "spectral", "tau": 0.95},
-    "spectral, tau 0.6": {"criterion": "spectral", "tau": 0.6},
-    "spectral, tau 0.2": {"criterion": "spectral", "tau": 0.2},
+    **{f"activation, tau {tau}": {"criterion": "activation", "tau": tau} for tau in (0.95, 0.8, 0.6)},
+    **{f"spectral, tau {tau}": {"criterion": "spectral", "tau": tau} for tau in (0.95, 0.6, 0.2)},
     "top 3 of every layer": {"criterion": "all", "tau": 1.0},
 }
 """Forms of PCDR and thresholds by the name they have in tables and figures."""

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,11 +24,17 @@ DRAWING = ("s2d.lab.figures",)
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
-def code_only(path: Path) -> str:
+def read_source(path: Path) -> str:
+    """The text of a source file."""
+    return Path(path).read_text(encoding="utf-8")
+
+
+def code_only(path: Path, *, read: Callable[[Path], str] = read_source) -> str:
     """Source text without comments, docstrings and blank lines: what can change a result.
 
     Args:
         path: a Python file.
+        read: gives its text.
 
     Returns:
         The lines that are left, in order.
@@ -40,7 +46,11 @@ def code_only(path: Path) -> str:
         >>> code_only(PACKAGE / "lab" / "dependencies.py").splitlines()[0]
         'from __future__ import annotations'
     """
-    source = Path(path).read_text(encoding="utf-8")
+    return _code(read(path))
+
+
+@cache
+def _code(source: str) -> str:
     lines, text = source.splitlines(), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         (first, column), (last, _) = token.start, token.end
@@ -93,7 +103,9 @@ def code_hash(paths: Iterable[Path]) -> str:
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 
-def closure(modules: Iterable[str], *, without: Sequence[str] = ()) -> list[Path]:
+def closure(
+    modules: Iterable[str], *, without: Sequence[str] = (), read: Callable[[Path], str] = read_source
+) -> list[Path]:
     """The project's files that some modules need: their own, those they import, those these import, and so on.
 
     Imports inside functions count. A name that a package hands on (``from s2d import linear_maps``) leads to the module
@@ -102,6 +114,7 @@ def closure(modules: Iterable[str], *, without: Sequence[str] = ()) -> list[Path
     Args:
         modules: dotted names; those of other projects are left out.
         without: modules and packages that are not entered.
+        read: gives the text of a file.
 
     Returns:
         Absolute paths, sorted.
@@ -123,7 +136,7 @@ def closure(modules: Iterable[str], *, without: Sequence[str] = ()) -> list[Path
         if path is None:
             raise ValueError(f"there is no module {module} under {PACKAGE}: mend the import")
         seen[module] = path
-        waiting += imported_modules(path.read_text(encoding="utf-8"), module)
+        waiting += imported_modules(read(path), module)
     return sorted(seen.values())
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from s2d.bound import check_bound
+from s2d.lab.statistics import points_lost
 from s2d.lab.store import Trained
 from s2d.lab.training import accuracy, residual_statistics
 from s2d.layers import linear_maps
@@ -45,6 +47,30 @@ def outlier_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES)
             | {"validation_accuracy": accuracy(model, *validation)}
         )
     return pd.DataFrame(rows)
+
+
+def with_points_lost(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of accuracies, and beside each what quantization cost that checkpoint.
+
+    Args:
+        table: columns variant, seed, bits (``"FP"`` is full precision), accuracy, and grid where there are two.
+
+    Returns:
+        The table with a column points_lost: see :func:`s2d.lab.statistics.points_lost`.
+
+    Raises:
+        ValueError: for a checkpoint without its accuracy in full precision, or with two on one grid.
+
+    Example:
+        >>> t = pd.DataFrame({"variant": "AdamW", "seed": 2, "bits": ["FP", "W4A4"], "accuracy": [0.75, 0.5]})
+        >>> with_points_lost(t).points_lost.tolist()
+        [0.0, 25.0]
+
+    Paper: none.
+    """
+    checkpoint = [column for column in ("variant", "seed", "grid") if column in table]
+    marked = table.assign(method=np.where(table.bits == "FP", "FP", "quantized"))
+    return table.assign(points_lost=points_lost(marked, checkpoint))
 
 
 def history_table(checkpoints: Checkpoints) -> pd.DataFrame:

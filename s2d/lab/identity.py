@@ -13,22 +13,21 @@ is declared with the value under which the code does what it did before the fiel
 and is left out where it has that value. The comparison is with ``absent``, never with the default, so changing the
 default stays safe.
 
-The *code hash* of a recipe covers the modules that its training imports, found by following the import statements;
-comments, docstrings and blank lines do not count. It is that of the source as it was when this process began.
+The *code hash* of a recipe covers the modules that its training imports (:mod:`s2d.lab.dependencies`); comments,
+docstrings and blank lines do not count. It is that of the source as it was when this process began.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import io
 import json
-import tokenize
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from s2d.lab.dependencies import PACKAGE, PROJECT, closure, code_only, read_source
 
 VERSIONS = {
     "loop": 1,  # s2d.lab.training: every recipe
@@ -165,125 +164,48 @@ def kind(recipe: Any) -> str:
 
 # --- the code ---------------------------------------------------------------------------------------------------------
 
-
-def code_only(source: str) -> str:
-    """Source text without comments, docstrings and blank lines: what can change a result.
-
-    Example:
-        >>> code_only("x = 1  # one" + chr(10) * 3 + "y = 2")
-        'x = 1\\ny = 2'
-    """
-    lines, text = source.splitlines(), set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        (first, column), (last, _) = token.start, token.end
-        if token.type == tokenize.COMMENT:
-            lines[first - 1] = lines[first - 1][:column]
-        elif first != last and token.type not in (tokenize.NL, tokenize.NEWLINE):
-            text.update(range(first - 1, last))  # a string over several lines, whose blank lines and spaces count
-    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
-            doc = node.body[0]
-            before = lines[doc.lineno - 1][: doc.col_offset]
-            after = lines[doc.end_lineno - 1].encode()[doc.end_col_offset :]
-            if not before.strip() and not after.strip():  # beside code on its line it stays, and counts
-                rows = range(doc.lineno - 1, doc.end_lineno)
-                text.difference_update(rows)
-                for row in rows:
-                    lines[row] = ""
-    return "\n".join(
-        line if row in text else line.rstrip() for row, line in enumerate(lines) if row in text or line.strip()
-    )
-
-
-def read_package(package: Path) -> dict[str, str]:
-    """Module name to source text, of every module of a package."""
-    texts = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package.parent).with_suffix("").parts
-        texts[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
-    return texts
-
-
 # Read at once: a file that is edited while a run trains is not the code that trains it.
-SOURCES = read_package(Path(__file__).resolve().parents[1])
-
-
-def imported_modules(
-    roots: Collection[str], *, sources: Mapping[str, str] | None = None, without: Collection[str] = ()
-) -> set[str]:
-    """The modules of this package that some modules import, directly or through others, and these themselves.
-
-    Imports inside functions count. A package's ``__init__`` counts where a name is taken from it, not where only a
-    module in it is.
-
-    Args:
-        roots: module names, such as ``"s2d.pcdr"``.
-        sources: module name to source text; by default this package as it was when the process began.
-        without: modules that are not followed, nor listed.
-
-    Example:
-        >>> sorted(imported_modules(["s2d.pcdr"]))
-        ['s2d.pcdr', 's2d.spectral']
-    """
-    sources = SOURCES if sources is None else sources
-    found: set[str] = set()
-    waiting = [name for name in roots if name in sources]
-    while waiting:
-        name = waiting.pop()
-        if name not in found and name not in without:
-            found.add(name)
-            waiting += [imported for imported in _imports(name, sources) if imported in sources]
-    return found
-
-
-def _imports(name: str, sources: Mapping[str, str]) -> Iterator[str]:
-    """The modules after ``import``: ``from a import b`` is that of ``a.b``, or of ``a`` where ``b`` is no module."""
-    for node in ast.walk(ast.parse(sources[name])):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                raise ValueError(
-                    f"{name} imports from {'.' * node.level}{node.module or ''}: give the module's full name"
-                )
-            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (submodule if submodule in sources else node.module for submodule in submodules)
+_TEXTS = {path: read_source(path) for path in PACKAGE.rglob("*.py")}
 
 
 def _roots(recipe: Any) -> tuple[frozenset[str], tuple[str, ...]]:
     """The modules of the classes in a recipe, and those not to follow from there."""
     parts = [recipe, recipe.optimizer, recipe.data, recipe.model, recipe.prepare]
     roots = frozenset(type(part).__module__ for part in parts if part is not None)
-    for module in roots - SOURCES.keys():
-        raise ValueError(f"the recipe uses a class of {module}: put it into s2d/lab, so that the store knows its code")
+    for module in roots:
+        if module.partition(".")[0] != PROJECT:
+            raise ValueError(
+                f"the recipe uses a class of {module}: put it into s2d/lab, so that the store knows its code"
+            )
     # The loop imports the regularizer only for recipes with S2D.
     return roots, () if recipe.s2d is not None else ("s2d.regularizer",)
 
 
-def code_modules(recipe: Any) -> set[str]:
-    """The modules that decide what a recipe's training does from its start on.
+def code_files(recipe: Any) -> list[Path]:
+    """The files that decide what a recipe's training does from its start on.
 
     Raises:
         ValueError: if a part of the recipe is of a class outside this package, whose code could not be told apart.
 
     Example:
         >>> from s2d.lab.recipes import pretraining
-        >>> sorted(code_modules(pretraining("sgd", seed=0)))[:3]
-        ['s2d.lab.data', 's2d.lab.files', 's2d.lab.models']
+        >>> [path.name for path in code_files(pretraining("sgd", seed=0))][-1]
+        'outliers.py'
     """
     roots, without = _roots(recipe)
-    return imported_modules(roots, without=without)
+    return closure(roots, without=without, read=_TEXTS.__getitem__)
 
 
 @cache
 def _hash(roots: frozenset[str], without: tuple[str, ...]) -> str:
+    paths = closure(roots, without=without, read=_TEXTS.__getitem__)
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in paths}
     digest = hashlib.sha256()
-    for name in sorted(imported_modules(roots, without=without)):
-        digest.update(f"{name}\n{code_only(SOURCES[name])}\n".encode())
+    for name, path in sorted(modules.items()):
+        digest.update(f"{name}\n{code_only(path, read=_TEXTS.__getitem__)}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def code_hash(recipe: Any) -> str:
-    """Hash of the code of :func:`code_modules`, comments, docstrings and blank lines apart."""
+    """Hash of the code in :func:`code_files`; comments, docstrings and blank lines do not count."""
     return _hash(*_roots(recipe))

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints, each, layer_statistics
+from s2d.lab.frontier import frontier_table
 from s2d.lab.optimizers import LessAdaptive
-from s2d.lab.store import Trained
+from s2d.lab.quantization import TEST_IMAGES
+from s2d.lab.statistics import paired_interval
 from s2d.lab.training import Optimizer
 from s2d.layers import linear_maps
+from s2d.outliers import excess_kurtosis
 
 KNOBS = ("eps", "beta2")
 PAIRS = (
@@ -26,6 +29,8 @@ PAIRS = (
     ("bound", "max_abs"),
 )
 """What :func:`correlation_table` correlates, columns of :func:`growth_table`."""
+LAYER_PAIRS = (("sigma_1", "max_abs"), ("pcdr_1", "max_abs"), ("spectral_pcdr_1", "max_abs"))
+"""What :func:`layer_correlation_table` correlates, columns of :func:`s2d.lab.evaluate.layer_table`."""
 
 
 # --- what the optimizer changes ---------------------------------------------------------------------------------------
@@ -142,6 +147,37 @@ def dose_table(matched: pd.DataFrame, *, baseline: str = "AdamW") -> pd.DataFram
         part = part.assign(knob=knob, dose=part[knob]).drop(columns=list(KNOBS))
         series.append(part.sort_values("dose", kind="stable"))
     return pd.concat(series, ignore_index=True)
+
+
+def dose_response(doses: pd.DataFrame) -> pd.DataFrame:
+    """How outliers follow a dose: the rank correlation within each seed, its mean over seeds and the interval of that.
+
+    Args:
+        doses: rows of :func:`dose_table` of one moment.
+
+    Returns:
+        Columns knob, correlation (mean of Spearman's over seeds), low, high (95 %), seeds.
+
+    Raises:
+        ValueError: if a knob has one dose only.
+
+    Example:
+        >>> run = {"knob": "eps", "seed": 0}
+        >>> rows = [run | {"dose": dose, "excess_kurtosis": kurtosis} for dose, kurtosis in ((1e-8, 9.0), (1e-2, 1.0))]
+        >>> dose_response(pd.DataFrame(rows)).correlation.tolist()
+        [-1.0]
+
+    Paper: appendix C, reference [7].
+    """
+    rows = []
+    for knob, part in doses.groupby("knob", sort=False):
+        if part.dose.nunique() < 2:
+            raise ValueError(f"{knob} has the dose {part.dose.iloc[0]} only: a response needs two")
+        within = part.groupby("seed")[["dose", "excess_kurtosis"]].corr(method="spearman")
+        found = paired_interval(within.xs("dose", level=1).excess_kurtosis.tolist())
+        row = {"knob": knob, "correlation": found.mean, "low": found.low, "high": found.high}
+        rows.append(row | {"seeds": found.n})
+    return pd.DataFrame(rows)
 
 
 # --- where the outliers sit -------------------------------------------------------------------------------------------
@@ -363,11 +399,11 @@ def largest_input_norms(model: nn.Module, images: Tensor) -> dict[str, float]:
     return {name: norms[name] for name in layers}
 
 
-def growth_table(checkpoints: Sequence[Trained], *, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
+def growth_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
     r"""Spectrum and outliers of every watched layer, for training runs of growing length.
 
     Args:
-        checkpoints: runs that differ in seed and in number of steps.
+        checkpoints: runs that differ in seed and in number of steps, under any names.
         images: calibration images shown.
 
     Returns:
@@ -381,16 +417,17 @@ def growth_table(checkpoints: Sequence[Trained], *, images: int = CALIBRATION_IM
     Example:
         >>> from s2d.lab.recipes import pretraining
         >>> from s2d.lab.store import obtain
-        >>> table = growth_table(obtain([pretraining("adamw", seed=0)]), images=8)
+        >>> table = growth_table({"AdamW": obtain([pretraining("adamw", seed=0)])}, images=8)
         >>> bool((table.max_abs <= 1.0001 * table.bound).all())
         True
 
     Paper: Theorem 1, appendix C.
     """
-    if not checkpoints:
+    runs = [trained for _, trained in each(checkpoints)]
+    if not runs:
         raise ValueError("no checkpoints: give runs of at least one length")
     tables = []
-    for trained in checkpoints:
+    for trained in runs:
         x, _ = trained.recipe.data.fixed_set("calibration", images)
         norms = largest_input_norms(trained.model(), x)
         table = layer_statistics(trained, images=images, k_max=1)
@@ -400,16 +437,94 @@ def growth_table(checkpoints: Sequence[Trained], *, images: int = CALIBRATION_IM
     return pd.concat(tables, ignore_index=True)[columns]
 
 
-def _grid(growth: pd.DataFrame, column: str) -> np.ndarray:
-    """One column as an array ``(seeds, layers, lengths)``."""
-    axes = ["seed", "layer", "steps"]
-    index = pd.MultiIndex.from_product([growth[axis].unique() for axis in axes])
-    values = growth.set_index(axes)[column]
+def growth_summary(
+    checkpoints: Checkpoints, *, bits: Sequence[str] = ("W4A4", "W3A3"), images: int = TEST_IMAGES
+) -> pd.DataFrame:
+    """How severe the outliers of every run are, and what they cost: one row a run, however long it trained.
+
+    Args:
+        checkpoints: runs that differ in seed and in number of steps, under one name a length.
+        bits: bit widths.
+        images: test images.
+
+    Returns:
+        Columns steps, seed, excess_kurtosis (of the residual stream, at the end of training), ffn_sigma_1 (largest of
+        the feed-forward weights), FP (accuracy), and the accuracies under round-to-nearest on both grids and ERQ, with
+        names such as ``"RTN, symmetric W4A4"`` and ``"ERQ W3A3"``.
+
+    Raises:
+        ValueError: for an unknown bit width.
+
+    Example:
+        >>> from s2d.lab.recipes import pretraining
+        >>> from s2d.lab.store import obtain
+        >>> runs = {"3000 steps": obtain([pretraining("adamw", seed=2)])}
+        >>> growth_summary(runs, bits=["W4A4"], images=8).columns.tolist()[3:]
+        ['ffn_sigma_1', 'FP', 'RTN, symmetric W4A4', 'RTN, asymmetric W4A4', 'ERQ W4A4']
+
+    Paper: abstract (severity grows with pretraining), at laptop scale.
+    """
+    cost = frontier_table(checkpoints, bits=bits, methods=("ERQ",), erq_bits=(), images=images)
+    cost["column"] = (cost.method + " " + cost.bits).where(cost.bits != "FP", "FP")
+    accuracy = cost.pivot(index=["variant", "seed"], columns="column", values="accuracy")
+    rows = []
+    for variant, trained in each(checkpoints):
+        ffn = (m.matrix() for name, m in linear_maps(trained.model()).items() if ".mlp." in name)
+        row = {"steps": trained.recipe.steps, "seed": trained.seed}
+        row |= {"excess_kurtosis": trained.history[-1]["excess_kurtosis"]}
+        row |= {"ffn_sigma_1": max(torch.linalg.matrix_norm(weight.detach(), ord=2).item() for weight in ffn)}
+        rows.append(row | accuracy.loc[(variant, trained.seed), list(dict.fromkeys(cost.column))].to_dict())
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def width_table(checkpoints: Checkpoints, *, images: int = CALIBRATION_IMAGES) -> pd.DataFrame:
+    r"""Kurtosis of the residual stream against what one channel can give a network of its width.
+
+    Entries of which one in :math:`w` is :math:`\pm a` and the others 0 have an excess kurtosis of :math:`w - 3`: a
+    channel that carries everything on every token. To have more, a few tokens must carry it.
+
+    Args:
+        checkpoints: runs of several widths.
+        images: calibration images shown.
+
+    Returns:
+        Columns width, seed, validation_accuracy (at the end of training), excess_kurtosis (mean over the blocks, as in
+        training histories), largest_block (largest over the blocks), ceiling (w - 3).
+
+    Example:
+        >>> from s2d.lab.recipes import pretraining
+        >>> from s2d.lab.store import obtain
+        >>> width_table({"AdamW": obtain([pretraining("adamw", seed=2)])}, images=8).ceiling.tolist()
+        [61]
+
+    Paper: appendix C, reference [2] ("> 100").
+    """
+    rows = []
+    for _, trained in each(checkpoints):
+        x, _ = trained.recipe.data.fixed_set("calibration", images)
+        streams = residual_streams(trained.model(), x)
+        kurtosis = [excess_kurtosis(stream) for name, stream in streams.items() if name != "embedding"]
+        row = {"width": trained.recipe.model.width, "seed": trained.seed}
+        row |= {"validation_accuracy": trained.history[-1]["validation_accuracy"]}
+        row |= {"excess_kurtosis": float(np.mean(kurtosis)), "largest_block": max(kurtosis)}
+        rows.append(row | {"ceiling": trained.recipe.model.width - 3})
+    return pd.DataFrame(rows)
+
+
+# --- correlations -----------------------------------------------------------------------------------------------------
+
+
+def _grid(table: pd.DataFrame, column: str, along: str) -> np.ndarray:
+    """One column as an array ``(seeds, layers, lengths)``, or whatever the last axis is along."""
+    axes = ["seed", "layer", along]
+    index = pd.MultiIndex.from_product([table[axis].unique() for axis in axes])
+    values = table.set_index(axes)[column]
     if not values.index.is_unique or len(values) != len(index) or values.isna().any():
-        raise ValueError(f"{column} is not known once for every seed, layer and length: measure all runs alike")
+        raise ValueError(f"{column} is not known once for every {', '.join(axes)}: measure all runs alike")
     if values.nunique() == 1:
         raise ValueError(f"{column} is {values.iloc[0]} everywhere: there is nothing to correlate")
-    return values.reindex(index).to_numpy().reshape([growth[axis].nunique() for axis in axes])
+    return values.reindex(index).to_numpy().reshape([table[axis].nunique() for axis in axes])
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -426,6 +541,9 @@ SCOPES = {
     "over layers, within a network": lambda a: np.moveaxis(a, -2, -1),
     "over training time, within a layer": lambda a: a,
 }
+
+
+LAYER_SCOPES = ("over layers, within a network", "all together")
 
 
 def _mean_correlation(x: np.ndarray, y: np.ndarray, scope: str) -> np.ndarray:
@@ -476,18 +594,79 @@ def correlation_table(growth: pd.DataFrame, *, resamples: int = 2000, seed: int 
         raise ValueError(
             f"{growth.layer.nunique()} layers and {growth.steps.nunique()} lengths: a correlation over them needs two"
         )
-    grids = {column: _grid(growth, column) for column in dict.fromkeys(c for pair in PAIRS for c in pair)}
-    seeds, layers, lengths = next(iter(grids.values())).shape
+    rows = _correlated(growth, PAIRS, "steps", SCOPES, resamples=resamples, seed=seed)
+    counts = {name: growth[column].nunique() for name, column in _COUNTED.items()}
+    return pd.DataFrame(rows).assign(**counts, lengths=growth.steps.nunique())
+
+
+_COUNTED = {"seeds": "seed", "layers": "layer"}
+
+
+def _correlated(
+    table: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    along: str,
+    scopes: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> list[dict]:
+    """Correlation and interval of each pair in each scope, by the bootstrap of :func:`correlation_table`."""
+    grids = {column: _grid(table, column, along) for column in dict.fromkeys(c for pair in pairs for c in pair)}
+    seeds, layers, _ = next(iter(grids.values())).shape
     generator = np.random.default_rng(seed)
     drawn_seeds = generator.integers(seeds, size=(resamples, seeds, 1))
     drawn_layers = generator.integers(layers, size=(resamples, 1, layers))
     rows = []
-    for x, y in PAIRS:
-        for scope in SCOPES:
+    for x, y in pairs:
+        for scope in scopes:
             resampled = (grids[name][drawn_seeds, drawn_layers] for name in (x, y))
             found = _mean_correlation(*resampled, scope)
             found = found[np.isfinite(found)]
             low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (np.nan, np.nan)
             value = _mean_correlation(grids[x], grids[y], scope)
             rows.append({"x": x, "y": y, "scope": scope, "correlation": float(value), "low": low, "high": high})
-    return pd.DataFrame(rows).assign(seeds=seeds, layers=layers, lengths=lengths)
+    return rows
+
+
+def layer_correlation_table(layers: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Rank correlation of a layer's spectrum and its largest activation, within networks and pooled over optimizers.
+
+    Pooled, networks of two optimizers correlate whatever the optimizer changes, be there a link within a network or
+    not. So the pooled number says nothing alone; the one within networks does.
+
+    Args:
+        layers: from :func:`s2d.lab.evaluate.layer_table`, every variant on the same seeds.
+        resamples, seed: of the bootstrap over seeds and layers, see :func:`correlation_table`.
+
+    Returns:
+        Columns variant (one, or all joined by "and"), x, y, scope ("over layers, within a network" or "all together"),
+        correlation (Spearman), low, high (95 %), seeds, layers.
+
+    Raises:
+        ValueError: for an incomplete table, fewer than two layers, or a column that does not vary.
+
+    Example:
+        >>> rows = [
+        ...     {"variant": v, "seed": 0, "layer": layer, "max_abs": i}
+        ...     | dict.fromkeys(("sigma_1", "pcdr_1", "spectral_pcdr_1"), i)
+        ...     for v in ("AdamW", "SGD")
+        ...     for i, layer in enumerate("abc")
+        ... ]
+        >>> layer_correlation_table(pd.DataFrame(rows), resamples=20).variant.unique().tolist()
+        ['AdamW and SGD', 'AdamW', 'SGD']
+
+    Paper: Theorem 1.
+    """
+    if layers.layer.nunique() < 2:
+        raise ValueError(f"{layers.layer.nunique()} layers: a correlation over them needs two")
+    parts = {name: part for name, part in layers.groupby("variant", sort=False)}
+    parts = {" and ".join(parts): layers} | parts
+    tables = [
+        pd.DataFrame(_correlated(part, LAYER_PAIRS, "variant", LAYER_SCOPES, resamples=resamples, seed=seed)).assign(
+            **{count: part[column].nunique() for count, column in _COUNTED.items()}, variant=name
+        )
+        for name, part in parts.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    return table[["variant", *table.columns.drop("variant")]]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -17,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from s2d.lab import parallel
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints, each
 from s2d.lab.store import Trained
 from s2d.ptq import parse_bits, quantize_each
@@ -48,8 +45,8 @@ CONDITIONING: dict[str, tuple[str, ...]] = {
 
 
 @torch.inference_mode()
-def logits_of(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Logits of every image, in evaluation mode."""
+def logits_of(model: nn.Module, images: Tensor, batch_size: int = 128) -> Tensor:
+    """Logits of every image, in evaluation mode; by default in batches whose activations stay in a core's cache."""
     model.eval()
     return torch.cat([model(batch) for batch in images.split(batch_size)])
 
@@ -339,18 +336,11 @@ def _check_known(names: Sequence[str], known: Mapping[str, Any], what: str) -> N
 
 
 def over_checkpoints(work: Callable[[str, Any], list[dict]], checkpoints: Mapping[str, Sequence]) -> pd.DataFrame:
-    """The rows of every checkpoint, in order; ``$S2D_WORKERS`` processes of one thread each share them."""
-    from tqdm import tqdm
-
+    """The rows of every checkpoint, in order; the worker processes of :mod:`s2d.lab.parallel` share them."""
     pairs = list(each(checkpoints))
-    workers = min(int(os.environ.get("S2D_WORKERS") or os.cpu_count() or 1), len(pairs))
-    bar = partial(tqdm, total=len(pairs), unit="checkpoint", file=sys.stderr, mininterval=5)
+    workers = min(parallel.worker_count(), len(pairs))
     if workers < 2:
-        found = [work(*pair) for pair in bar(pairs)]
+        found = [work(*pair) for pair in pairs]
     else:
-        # The server imports once (7 s of timm) and lives as long as this process: a second table starts at once.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["s2d.lab.quantization", "timm.models.vision_transformer"])
-        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = list(bar(pool.map(work, *zip(*pairs, strict=True))))
+        found = parallel.run(work, pairs, names=[name for name, _ in pairs], workers=workers, unit="checkpoint")
     return pd.DataFrame([row for rows in found for row in rows])

@@ -37,13 +37,13 @@ EVIDENCE_VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", AS_PRINTED
 # The winners of `python -m s2d.lab.tuning` (data/laptop/tuning.csv), checked by tests/test_recipes.py.
 SETTINGS: dict[str, dict[str, float]] = {
     "AdamW": {},
-    "AdamW, tuned weight decay": {"weight_decay": 0.5},
-    "No PCDR": {"lam": 5e-4},
+    "AdamW, tuned weight decay": {"weight_decay": 0.1},
+    "No PCDR": {"lam": 2e-4},
     AS_PRINTED: {"lam": 5e-4, "tau": 0.95},  # second-hand; not tuned
-    "S2D": {"lam": 5e-3, "tau": 0.6},
-    "S2D, live": {"lam": 5e-3, "tau": 0.6},
+    "S2D": {"lam": 1e-3, "tau": 0.6},
+    "S2D, live": {"lam": 1e-3, "tau": 0.6},
     DECOUPLED: {"lam": 0.1},
-    CAP: {"cap": 2.0},
+    CAP: {"cap": 1.5},
 }
 """What each variant changes of AdamW's fine-tuning, beside learning rate and weight decay."""
 _ALGORITHM_1: dict[str, Any] = {"criterion": "activation", "k_max": 3, "power": 2, "coefficients": "cached"}
@@ -54,12 +54,12 @@ _SPECTRAL: dict[str, dict[str, Any]] = {
     "S2D, live": _ALGORITHM_1 | {"coefficients": "live"},
     DECOUPLED: {"criterion": "all", "k_max": None, "power": 2, "coefficients": "live", "coupling": "decoupled"},
 }
-FINETUNE_LR = 2e-3
+FINETUNE_LR = 1e-3
 RECIPE_WEIGHT_DECAY = 0.01
 BATCH_SIZE = 32
 CLIP = 1.0
 # Not tuned: half of fine-tuning's learning rate, and steps enough for the loss to settle.
-QAT_LR = 1e-3
+QAT_LR = 5e-4
 QAT_STEPS = 400
 QAT_BITS = "W3A3"
 QAT_VARIANTS = ("AdamW", "S2D")
@@ -148,7 +148,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "refresh interval": {"10": {"refresh_every": 10}},
     "k_max": {"5": {"k_max": 5}, "10": {"k_max": 10}},
     "tau": {"0.8": {"tau": 0.8}, "0.9": {"tau": 0.9}, "0.95": {"tau": 0.95}},
-    "power": {"1": {"power": 1}, "3": {"power": 3}, "4": {"power": 4}},
+    "power": {"3": {"power": 3}, "4": {"power": 4}},
     "criterion": {
         "spectral, tau 0.2": {"criterion": "spectral", "tau": 0.2},
         "top 3 of every layer": {"criterion": "all"},
@@ -275,6 +275,14 @@ def testbed_recipes() -> list[Recipe]:
     """What the testbed's table is measured on: both optimizers and the growth, on every evidence seed."""
     recipes = [pretraining("adamw", seed, steps=steps) for steps in GROWTH_STEPS for seed in EVIDENCE_SEEDS]
     return recipes + [pretraining("sgd", seed) for seed in EVIDENCE_SEEDS]
+
+
+def starting_recipes() -> list[Recipe]:
+    """What a reader starts from: the checkpoints of the walkthrough (QAT apart) and the ablations' pretraining."""
+    recipes = [pretraining("adamw", seed) for seed in ABLATION_SEEDS]
+    recipes += [pretraining("adamw", seed, steps=INTERVENTION_STEPS) for seed in SEEDS]
+    recipes += [pretraining("sgd", seed) for seed in SEEDS]
+    return recipes + [finetuning(variant, seed) for variant in VARIANTS for seed in SEEDS]
 
 
 def laptop_recipes() -> list[Recipe]:

@@ -37,11 +37,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2d.console import interruptible
 from s2d.lab.files import read_tensors, write_tensors
 from s2d.lab.identity import VERSIONS, code_hash, components, describe, kind, rebuild, versions
 from s2d.lab.ledger import Line, append_lines
 from s2d.lab.paths import repository_root
-from s2d.lab.store import file_name, find_file, load
+from s2d.lab.store import checksum, file_name, find_file, load
 from s2d.lab.training import Recipe, Run
 
 FIRST_STEPS = 25  # past two refreshes
@@ -258,26 +259,23 @@ class Report:
 
 def first_difference(index: int, old: tuple[dict, dict], new: tuple[dict, dict]) -> str | None:
     """The first thing in which two trajectories of one job differ, in words; None if they are equal."""
-    windows = [(result[1]["jobs"][index]["windows"]) for result in (old, new)]
+    windows = [said["jobs"][index]["windows"] for _, said in (old, new)]
     for number, (before, after) in enumerate(zip(*windows, strict=True)):
-        where = ("the first steps", "the last steps")[number]
-        for step, (a, b) in enumerate(zip(before["losses"], after["losses"], strict=True)):
+        where = ("first steps", "last steps")[number]
+        for step, (a, b) in enumerate(zip(before["losses"], after["losses"], strict=True), start=1):
             if repr(a) != repr(b):
-                return f"{where}: the loss of the {step + 1}. is {a!r} by the old code and {b!r} by today's"
-        parts = [
-            {name: tensor for name, tensor in result[0].items() if name.startswith(f"{index}/{number}/")}
-            for result in (old, new)
-        ]
-        for name in sorted(parts[0].keys() | parts[1].keys()):
-            a, b = (part.get(name) for part in parts)
-            short = name.split("/", 2)[2]
-            if a is None or b is None:
-                return f"{where}: only {'the old code' if b is None else 'today'}s code has a tensor {short}"
-            if a.dtype != b.dtype or a.shape != b.shape or a.numpy().tobytes() != b.numpy().tobytes():
-                apart = (a.double() - b.double()).abs().max().item() if a.shape == b.shape else float("nan")
-                return f"{where}: {short} differs (by {apart:.3g} at most)"
+                return f"{where}: the loss at the {step}. of them was {a!r} and is {b!r}"
+        prefix = f"{index}/{number}/"
+        states = [{n.removeprefix(prefix): t for n, t in r[0].items() if n.startswith(prefix)} for r in (old, new)]
+        for name in sorted(states[0] | states[1]):
+            a, b = (state.get(name) for state in states)
+            if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+                kinds = ("missing" if t is None else f"{tuple(t.shape)} of {t.dtype}" for t in (a, b))
+                return f"{where}: {name} was {' and is '.join(kinds)}"
+            if checksum({"": a}, {}) != checksum({"": b}, {}):
+                return f"{where}: {name} differs by {(a.double() - b.double()).abs().max().item():.3g} at most"
         if json.dumps(before["history"], sort_keys=True) != json.dumps(after["history"], sort_keys=True):
-            return f"{where}: the measurements differ"
+            return f"{where}: the measurements were {before['history']} and are {after['history']}"
     return None
 
 
@@ -361,7 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     known = laptop_recipes()
     try:
-        report = replay(options.against, one_of_each_kind(known, options.recipes))
+        with interruptible():
+            report = replay(options.against, one_of_each_kind(known, options.recipes))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

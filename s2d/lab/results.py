@@ -61,7 +61,8 @@ def save_table(table: pd.DataFrame, name: str, *, run: str, source: Mapping[str,
     """Write ``data/<run>/<name>.csv`` and beside it ``<name>.json`` with its provenance.
 
     Args:
-        table: no index is written.
+        table: no index is written. One that was read from a committed table (:class:`s2d.lab.study.Study`) keeps the
+            provenance it came with.
         name: file stem.
         run: output label, usually the scale.
         source: from :func:`provenance`.
@@ -74,7 +75,7 @@ def save_table(table: pd.DataFrame, name: str, *, run: str, source: Mapping[str,
     if run == "paper":
         raise ValueError("run is 'paper': data/paper holds what the paper reports, and nothing measured here")
     path = output_root() / _table_folder(run) / f"{name}.csv"
-    described = json.dumps(source, indent=1, sort_keys=True) + "\n"
+    described = json.dumps(table.attrs.get("provenance", source), indent=1, sort_keys=True) + "\n"
     rows = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_text(path.with_suffix(".json"), described)
     write_text(path, rows)

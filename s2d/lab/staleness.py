@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2d.lab.quantization import over_checkpoints
-from s2d.lab.recipes import FINETUNE_LR, RECIPE_WEIGHT_DECAY
+from s2d.lab.recipes import CLIP, FINETUNE_LR, RECIPE_WEIGHT_DECAY
 from s2d.lab.store import Trained, obtain
 from s2d.lab.training import Optimizer, Recipe
 from s2d.regularizer import SelectiveSpectralDecay
@@ -37,8 +37,8 @@ class Mode(NamedTuple):
 # The strength of the decoupled modes is the one at which the coefficients fall over the first ten steps about as fast
 # as in the coupled ones (a table in notebook 06 shows it), so that the modes differ in what happens later.
 DECOUPLED_LAM = 0.4
-SLOW_ADAMW = Optimizer("adamw", lr=FINETUNE_LR / 100, weight_decay=RECIPE_WEIGHT_DECAY, betas=(0.9, 0.99))
-PLAIN_SGD = Optimizer("sgd", lr=0.1, weight_decay=0.0, momentum=0.0)
+SLOW_ADAMW = Optimizer("adamw", lr=FINETUNE_LR / 100, weight_decay=RECIPE_WEIGHT_DECAY, betas=(0.9, 0.99), clip=CLIP)
+PLAIN_SGD = Optimizer("sgd", lr=0.1, weight_decay=0.0, momentum=0.0, clip=CLIP)
 
 MODES: dict[str, Mode] = {
     "no penalty": Mode(lam=0.0),
@@ -51,6 +51,8 @@ MODES: dict[str, Mode] = {
     "cached, lam 5e-4, SGD": Mode(lam=5e-4, optimizer=PLAIN_SGD),
 }
 """What is compared, by the name it has in tables and figures. Coupled through AdamW where the name says nothing."""
+PAPER_MODE = "cached, lam 5e-4"
+"""The paper's form and strength of the penalty, at this recipe's learning rate."""
 AT_REST = ("no penalty", "cached, lam 5e-4, lr / 100", "cached, lam 5e-4, SGD")
 """Modes in which an interval is too short for anything to cross zero: left out of the figure of the overshoot."""
 
@@ -111,7 +113,8 @@ def follow(
     Returns:
         Rows with step, age, layer, cosine, sigma_1, coefficient.
     """
-    optimizer = (mode.optimizer or recipe.optimizer).build(model)
+    kind = mode.optimizer or recipe.optimizer
+    optimizer = kind.build(model)
     decay = SelectiveSpectralDecay(
         model,
         lam=mode.lam,
@@ -133,6 +136,8 @@ def follow(
             images, labels = recipe.data.training_batch(recipe.batch_size, seed=recipe.seed, step=step)
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(model(images.to(recipe.device)), labels.to(recipe.device)).backward()
+            if kind.clip > 0:
+                nn.utils.clip_grad_norm_(model.parameters(), kind.clip)
             optimizer.step()
     decay.detach()
     return rows

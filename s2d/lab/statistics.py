@@ -1,4 +1,4 @@
-"""What tables are read by: means over seeds, differences within pairs with their interval, the Pareto front."""
+"""What tables are read by: means over seeds, differences within pairs and what they say, points lost, the front."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+VERDICTS = ("reproduced", "not reproduced", "equivalent", "undecided")
 DECIMALS = 9
 """Intervals are rounded to these: below lies the rounding of the numbers subtracted, 3.7e-17 for "the same"."""
 
@@ -63,6 +64,112 @@ def paired_interval(differences: Sequence[float], *, confidence: float = 0.95) -
 
 def _rounded(value: float) -> float:
     return round(value, DECIMALS) + 0.0  # + 0.0 makes 0.0 of -0.0
+
+
+def verdict(interval: PairedInterval, *, margin: float = 0.0, equivalence: float = 1.0) -> str:
+    """What an interval says of a claim, signed so that the claim is "above zero".
+
+    The rules are tried in this order, so that a small effect that is sure is an effect and not an equivalence:
+
+    1. ``"reproduced"``: the whole interval lies above ``-margin``. The effect has the claimed sign, whatever its size.
+    2. ``"not reproduced"``: the whole interval lies below ``-margin``. It has the other sign.
+    3. ``"equivalent"``: neither, and the whole interval lies within ``equivalence`` of zero. What there is, is smaller.
+    4. ``"undecided"``: the rest, and a single pair, which has no interval.
+
+    Args:
+        interval: mean and 95 % interval.
+        margin: how far below zero still counts as the claim: 0 for "is larger", more for "is not lower".
+        equivalence: half the width of the band that counts as no difference, 1 for points of accuracy; 0 where no such
+            band makes sense.
+
+    Returns:
+        One of ``VERDICTS``.
+
+    Raises:
+        ValueError: for a margin or an equivalence below zero.
+
+    Example:
+        >>> [verdict(paired_interval(d)) for d in ([2.0, 3.0, 2.5], [0.3, 0.2, 0.25], [0.1, -0.2, 0.1], [4.0, -3.0])]
+        ['reproduced', 'reproduced', 'equivalent', 'undecided']
+
+    Paper: none (its tables have one run a cell).
+    """
+    if not (margin >= 0 and equivalence >= 0):
+        raise ValueError(f"margin is {margin} and equivalence {equivalence}: neither may be below zero")
+    if interval.low > -margin:
+        return "reproduced"
+    if interval.high < -margin:
+        return "not reproduced"
+    within = -equivalence < interval.low and interval.high < equivalence
+    return "equivalent" if within else "undecided"
+
+
+def excludes(interval: PairedInterval, value: float) -> bool:
+    """Whether a value lies outside an interval; not known, and so False, where there is no interval.
+
+    Example:
+        >>> excludes(paired_interval([1.0, 2.0, 3.0]), 7.4)
+        True
+    """
+    return value < interval.low or value > interval.high
+
+
+def in_words(first: str, second: str, interval: PairedInterval, *, equivalence: float = 1.0) -> str:
+    """A difference as a sentence that says no more than its interval does.
+
+    Args:
+        first, second: what was compared.
+        interval: of first minus second.
+        equivalence: see :func:`verdict`.
+
+    Example:
+        >>> in_words("S2D", "AdamW", paired_interval([2.0, 3.0, 2.5]))
+        'S2D is above AdamW: +2.50 [+1.26, +3.74]'
+        >>> in_words("S2D", "AdamW", paired_interval([4.0, -3.0]))
+        'S2D and AdamW are not told apart: +0.50 [-43.97, +44.97]'
+    """
+    relations = {
+        "reproduced": f"{first} is above {second}",
+        "not reproduced": f"{first} is below {second}",
+        "equivalent": f"{first} and {second} are equal within {equivalence:g}",
+        "undecided": f"{first} and {second} are not told apart",
+    }
+    relation = relations[verdict(interval, equivalence=equivalence)]
+    return f"{relation}: {interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def points_lost(table: pd.DataFrame, by: Sequence[str]) -> pd.Series:
+    """What quantization costs each checkpoint: its own accuracy in full precision minus the quantized one.
+
+    It tells a training that quantizes better from one that is better: the second gains accuracy everywhere.
+
+    Args:
+        table: long, with columns method (``"FP"`` is full precision) and accuracy (0 to 1).
+        by: the columns that name a checkpoint.
+
+    Returns:
+        Points of a hundred with the index of ``table``, 0 in full precision; negative where rounding helped.
+
+    Raises:
+        ValueError: for a checkpoint without its accuracy in full precision, or with two.
+
+    Example:
+        >>> t = pd.DataFrame({"seed": 0, "method": ["FP", "ERQ"], "accuracy": [0.9, 0.75]})
+        >>> points_lost(t, ["seed"]).tolist()
+        [0.0, 15.0]
+
+    Paper: none.
+    """
+    by = list(by)
+    full = table[table.method == "FP"].set_index(by).accuracy
+    if not full.index.is_unique:
+        raise ValueError(f"{full.index[full.index.duplicated()][0]} has two accuracies in full precision: keep one row")
+    own = pd.MultiIndex.from_frame(table[by]) if len(by) > 1 else pd.Index(table[by[0]])
+    missing = own.difference(full.index)
+    if len(missing):
+        raise ValueError(f"{missing[0]} has no accuracy in full precision: measure it with the quantized ones")
+    lost = 100 * (full.reindex(own).to_numpy() - table.accuracy.to_numpy())
+    return pd.Series(lost.round(DECIMALS) + 0.0, index=table.index)
 
 
 def mean_and_spread(table: pd.DataFrame, by: list[str], values: list[str]) -> pd.DataFrame:

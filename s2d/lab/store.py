@@ -19,12 +19,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import multiprocessing
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2d.lab import parallel
 from s2d.lab.files import read_tensors, write_tensors
 from s2d.lab.identity import code_hash, describe, kind, recipe_key, versions
 from s2d.lab.ledger import chain, read_ledger
@@ -246,27 +243,6 @@ def train_and_store(recipe: Recipe, progress=lambda steps: None) -> None:
     write_entry(path, recipe, weights, history, (*(() if start is None else start.code), own))
 
 
-_counter = None  # steps done by all workers; set in each worker by its initializer
-
-
-def _start_worker(counter) -> None:
-    global _counter
-    _counter = counter
-    torch.set_num_threads(1)
-
-
-def _work(recipe: Recipe) -> None:
-    parent = multiprocessing.parent_process()
-
-    def progress(steps: int) -> None:
-        if not parent.is_alive():  # it was killed: an orphan would go on training for minutes, unseen
-            os._exit(1)  # an exception would only be handed to a pool that nobody reads
-        with _counter.get_lock():
-            _counter.value += steps
-
-    train_and_store(recipe, progress)
-
-
 def _missing(recipes: Sequence[Recipe]) -> list[Recipe]:
     """The recipes that are not stored, and what these start from where that is not stored: each once, starts first."""
     ordered: dict[str, Recipe] = {}
@@ -303,10 +279,9 @@ def obtain(recipes: Sequence[Recipe], *, workers: int | None = None) -> list[Tra
     needed = {recipe_key(r): r for r in [*recipes, *(r.start for r in missing if r.start is not None)]}
     stored = {key: find(recipe) for key, recipe in needed.items()}
     if missing:
-        workers = workers or int(os.environ.get("S2D_WORKERS") or os.cpu_count() or 1)
-        if any(recipe.device != "cpu" for recipe in missing):
-            workers = 1  # runs on one accelerator follow each other
-        _train_all(missing, workers)
+        # Runs on one accelerator follow each other.
+        accelerated = any(recipe.device != "cpu" for recipe in missing)
+        _train_all(missing, 1 if accelerated else parallel.worker_count(workers))
         stored |= {recipe_key(recipe): find(recipe) for recipe in missing}
     return [stored[recipe_key(recipe)] for recipe in recipes]
 
@@ -325,37 +300,20 @@ def obtain_checkpoints(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, lis
 
 
 def _train_all(missing: list[Recipe], workers: int) -> None:
-    from tqdm import tqdm
+    """Train recipes in worker processes, each once what it starts from is stored."""
+    place = {recipe_key(recipe): index for index, recipe in enumerate(missing)}
+    starts = [None if recipe.start is None else place.get(recipe_key(recipe.start)) for recipe in missing]
+    parallel.run(
+        _train,
+        [(recipe,) for recipe in missing],
+        names=[file_name(recipe) for recipe in missing],
+        workers=workers,
+        unit="step",
+        total=sum(recipe.steps for recipe in missing),
+        after=[set() if start is None else {start} for start in starts],
+        label=f"training {len(missing)} runs",
+    )
 
-    keys = {recipe_key(recipe) for recipe in missing}
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    total = sum(recipe.steps for recipe in missing)
-    pool = ProcessPoolExecutor(min(workers, len(missing)), context, initializer=_start_worker, initargs=(counter,))
-    # No bar is redrawn more than every few seconds: in a log each redraw is a line.
-    bar = tqdm(total=total, unit="step", desc=f"training {len(missing)} runs", file=sys.stderr, mininterval=5)
-    waiting, running = list(missing), {}
-    try:
-        while waiting or running:
-            for recipe in list(waiting):
-                # A run can begin once what it starts from is stored.
-                before = recipe.start
-                if before is None or recipe_key(before) not in keys:
-                    running[pool.submit(_work, recipe)] = recipe
-                    waiting.remove(recipe)
-            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            bar.update(counter.value - bar.n)
-            for future in done:
-                recipe = running.pop(future)
-                try:
-                    future.result()
-                except BrokenProcessPool as error:
-                    raise RuntimeError(
-                        f"a training process died (out of memory?) during {file_name(recipe)}; run again to resume"
-                    ) from error
-                keys.discard(recipe_key(recipe))
-    finally:
-        bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()) if running else []:
-            process.terminate()  # an interrupted run resumes from its last save
+
+def _train(recipe: Recipe) -> None:
+    train_and_store(recipe, parallel.report)

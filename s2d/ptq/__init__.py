@@ -180,11 +180,25 @@ def _described(
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     check_bits(w_bits, "w_bits")
     check_bits(a_bits, "a_bits")
-    _check_options(method, options)
+    check_options(method, options)
     return {"method": method, "w_bits": w_bits, "a_bits": a_bits, "options": options}
 
 
-def _check_options(method: str, options: Mapping[str, Any]) -> None:
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Whether a method has these options.
+
+    Args:
+        method: a key of ``METHODS``.
+        options: by name.
+
+    Raises:
+        ValueError: for an option that it does not have.
+
+    Example:
+        >>> check_options("erq", {"ridge": 0.2})
+
+    Paper: none.
+    """
     known = [name for name, p in inspect.signature(METHODS[method]).parameters.items() if p.kind is p.KEYWORD_ONLY]
     known = [name for name in known if name not in ("w_bits", "a_bits", "progress", "shared")]
     for name in options:

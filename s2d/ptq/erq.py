@@ -20,6 +20,7 @@ from s2d.ptq.quantizers import (
     check_quantizer_bits,
     chunk_elements,
     fake_quantize,
+    first_least,
     round_to_grid,
     tail_quantiles,
 )
@@ -388,7 +389,7 @@ def activation_correction(folds: list[Moments], total: Moments, ridge: float) ->
         for i, factor in enumerate(RIDGE_FACTORS):
             change = solve_upper(upper_factor(rest.gram, ridge * factor), rest.cross).T
             errors[i] += excess_error(change, test).sum()
-    best = int(errors.argmin())
+    best = int(first_least(errors))
     if not errors[best] < 0:
         return torch.zeros_like(total.cross.T)
     return solve_upper(upper_factor(total.gram, ridge * RIDGE_FACTORS[best]), total.cross).T

@@ -11,6 +11,7 @@ from s2d.ptq.quantizers import (
     check_quantizer_bits,
     check_step,
     chunk_elements,
+    first_least,
     tail_quantiles,
 )
 
@@ -87,7 +88,7 @@ class LogSqrt2Quantizer(Quantizer):
             # Relative to the largest value, so that no square underflows.
             difference = (self._values(self._steps(part, candidates), candidates) - part) / candidates[-1]
             errors += difference.square().sum(-1)
-        self.set_scale(candidates[errors.argmin(), 0])
+        self.set_scale(candidates[first_least(errors), 0])
         self._kept, self._done = [], True
 
     def set_scale(self, d: Tensor | float) -> None:
@@ -107,7 +108,7 @@ class LogSqrt2Quantizer(Quantizer):
         return ratio.log2_().mul_(-2).round_().clamp_(0, self.q_max)
 
     def _values(self, steps: Tensor, scale: Tensor) -> Tensor:
-        return torch.where(steps == self.q_max, 0, torch.exp2(steps * -0.5) * scale)
+        return (steps * -0.5).exp2_().mul_(scale).masked_fill_(steps == self.q_max, 0)
 
     def codes(self, x: Tensor) -> Tensor:
         self._check_frozen()

@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Seen, Shared, site_inputs
-from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, Quantizer, fake_quantize
+from s2d.ptq.quantizers import SWITCHED_OFF, TIE, AffineQuantizer, Quantizer, fake_quantize, first_least
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedProduct, Site, quantized_layers, sites
 from s2d.ptq.trace import tensors_of
 from s2d.ptq.twin_uniform import SPLITS, TwinUniformGELU, TwinUniformSoftmax, twin_gelu, twin_softmax
 
 FACTORS = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(100))
 """What the initial scale is multiplied by, one after the other."""
+START = min(range(len(FACTORS)), key=lambda i: abs(FACTORS[i] - 1))
 ROUNDS = 3
 WEIGHTS = ("per_tensor", "per_channel")
 # Rows after which the candidates that cannot win any more are dropped, as parts of all rows.
@@ -53,7 +54,9 @@ def ptq4vit(
     r"""Quantize with PTQ4ViT: twin uniform quantizers, and scales searched with a Hessian-guided score.
 
     Grids are symmetric with codes -Q to Q - 1, Q = 2^(k-1); the scales tried are c D0 for the c in ``FACTORS``, with
-    D0 = max abs / (Q - 1/2). After GELU, only the positive side's step is searched; for attention probabilities, the
+    D0 = max abs / (Q - 1/2), and on a tie the first wins (:func:`s2d.ptq.quantizers.first_least`). A factor that was
+    not searched yet has the one nearest to D0: with D0 itself the largest value would lie half-way between two codes,
+    where rounding decides. After GELU, only the positive side's step is searched; for attention probabilities, the
     split between the small and the large range. Three rounds: the weight given the input, the input given the weight
     (for a product of activations, the left factor first). The score weighs output errors by the squared gradient of
 
@@ -87,7 +90,7 @@ def ptq4vit(
 
     Paper: none; one of the quantizers that the trained models meet.
     """
-    _check_options(weights, rows)
+    _check_search(weights, rows)
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood is {likelihood!r}: choose one of {', '.join(LIKELIHOODS)}")
     search = Search(w_bits, a_bits, weights, rows, twin=True)
@@ -118,11 +121,11 @@ def base_ptq(
 
     Paper: none; the ablation of PTQ4ViT.
     """
-    _check_options(weights, rows)
+    _check_search(weights, rows)
     _search_all(model, batches, Search(w_bits, a_bits, weights, rows, twin=False), progress, shared=shared)
 
 
-def _check_options(weights: str, rows: int | None) -> None:
+def _check_search(weights: str, rows: int | None) -> None:
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}: choose one of {', '.join(WEIGHTS)}")
     if rows is not None and (not isinstance(rows, int) or rows < 1):
@@ -272,9 +275,9 @@ def per_part(values: Tensor, n_bits: int, parts: int) -> Factor:
 
 def after_gelu(values: Tensor, n_bits: int) -> Factor:
     """A factor on the twin grid for GELU's output, the step of whose positive side is searched."""
-    start = _to_all(_initial_scale(values.amax(), n_bits))
+    grids = _candidates(_to_all(_initial_scale(values.amax(), n_bits)))
     quantize = partial(_twin_gelu, n_bits=n_bits)
-    return Factor(values, quantize, start * _factors(start), start, _together, _to_all, TwinUniformGELU)
+    return Factor(values, quantize, grids, _first(grids), _together, _to_all, TwinUniformGELU)
 
 
 def after_softmax(values: Tensor, n_bits: int) -> Factor:
@@ -285,8 +288,8 @@ def after_softmax(values: Tensor, n_bits: int) -> Factor:
 
 
 def _uniform(values: Tensor, n_bits: int, largest: Tensor, groups: Callable, spread: Callable) -> Factor:
-    start = spread(_initial_scale(largest, n_bits))
-    return Factor(values, partial(_full_range, n_bits=n_bits), start * _factors(start), start, groups, spread)
+    grids = _candidates(spread(_initial_scale(largest, n_bits)))
+    return Factor(values, partial(_full_range, n_bits=n_bits), grids, _first(grids), groups, spread)
 
 
 def _initial_scale(largest: Tensor, n_bits: int) -> Tensor:
@@ -294,8 +297,13 @@ def _initial_scale(largest: Tensor, n_bits: int) -> Tensor:
     return torch.where(largest > 0, largest, 1) / (2 ** (n_bits - 1) - 0.5)
 
 
-def _factors(like: Tensor) -> Tensor:
-    return torch.tensor(FACTORS, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _candidates(initial: Tensor) -> Tensor:
+    return initial * torch.tensor(FACTORS, dtype=initial.dtype, device=initial.device).view(-1, 1, 1)
+
+
+def _first(grids: Tensor) -> Tensor:
+    """The grid in use before any search."""
+    return grids[..., START : START + 1, :, :]
 
 
 def _full_range(x: Tensor, scale: Tensor, n_bits: int) -> Tensor:
@@ -378,10 +386,10 @@ def _at_once(elements: int, device: torch.device) -> int:
 
 
 def race(factor: Factor, errors: Callable[[Tensor, slice], Tensor], blocks: list[slice]) -> Tensor:
-    """The candidate with the least total error, for each group.
+    """The candidate with the least total error (:func:`s2d.ptq.quantizers.first_least`), for each group.
 
-    Errors only grow from block to block, so a candidate that has passed the total of another is out of the race: the
-    winner is that of the full sums, at a fraction of their cost.
+    Errors only grow from block to block, so a candidate that has passed the total of another, and what ties with it, is
+    out of the race: the winner is that of the full sums, at a fraction of their cost.
 
     Args:
         factor: whose candidates they are.
@@ -396,12 +404,12 @@ def race(factor: Factor, errors: Callable[[Tensor, slice], Tensor], blocks: list
     total = errors(running, first)
     leaders = total.argmin(0).unique()
     bound = (total[leaders] + sum(errors(leaders, block) for block in others)).amin(0)
-    bound = bound * (1 + 1e-5)  # the sums are rounded
+    bound = bound * (1 + TIE) * (1 + 1e-5)  # the sums are rounded
     for block in others:
         ahead = (total <= bound).any(1)
         running, total = running[ahead], total[ahead]
         total += errors(running, block)
-    return running[total.argmin(0)]
+    return running[first_least(total)]
 
 
 def _blocks(target: Tensor) -> list[slice]:

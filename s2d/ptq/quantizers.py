@@ -31,6 +31,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {}
 
 # Below this a step is subnormal: its reciprocal overflows.
 SMALLEST_STEP = torch.finfo(torch.float32).tiny
+# Errors that differ by no more than this part are equal: float32 sums are off by up to a tenth of it.
+TIE = 1e-4
 # What :class:`AffineQuantizer` with calibration="mse" multiplies the range by; first the range itself, which wins ties.
 SHRINK_FACTORS = tuple(i / 100 for i in range(100, 0, -1))
 
@@ -101,12 +103,15 @@ def check_step(step: Tensor | float, name: str) -> Tensor:
 # groups nor tokens nor a dimension of candidates.
 
 
-def _grid_operands(x: Tensor, scale: Tensor, zero_point: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+def _grid_operands(x: Tensor, scale: Tensor, zero_point: Tensor | float) -> tuple[Tensor, Tensor, Tensor | float]:
     # At least float32: half precision holds neither the codes times the scale nor the sums of a search.
     dtype = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
-    zero_point = torch.as_tensor(zero_point, device=scale.device)
-    # Expanded (for free), so that the in-place operations below never have to grow.
-    scale, zero_point = torch.broadcast_tensors(scale.to(dtype).clamp(min=SMALLEST_STEP), zero_point.to(dtype))
+    scale = scale.to(dtype).clamp(min=SMALLEST_STEP)
+    if isinstance(zero_point, Tensor):
+        zero_point = zero_point.to(dtype)
+        if scale.shape != zero_point.shape:
+            # Expanded (for free), so that the in-place operations below never have to grow.
+            scale, zero_point = torch.broadcast_tensors(scale, zero_point)
     return x.to(dtype), scale, zero_point
 
 
@@ -149,7 +154,14 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, q_min: i
     """
     dtype = x.dtype
     x, scale, zero_point = _grid_operands(x, scale, zero_point)
-    return round_to_grid(x, scale, zero_point, q_min, q_max).sub_(zero_point).mul_(scale).to(dtype)
+    steps = (x * (1 / scale)).round_()
+    if isinstance(zero_point, Tensor) and zero_point.ndim == 0 and zero_point.device.type == "cpu":
+        zero_point = zero_point.item()
+    if isinstance(zero_point, Tensor):
+        steps.add_(zero_point).clamp_(q_min, q_max).sub_(zero_point)
+    else:  # the same in one pass instead of three
+        steps.clamp_(q_min - zero_point, q_max - zero_point)
+    return steps.mul_(scale).to(dtype)
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -189,6 +201,28 @@ def squared_errors(rows: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, 
             error = steps.round().add_(zero).clamp_(q_min, q_max).sub_(zero).sub_(steps)
             total[:, here] += error.square_().sum(-1)
     return total * scale.double().square()
+
+
+def first_least(errors: Tensor) -> Tensor:
+    """Of several candidates, the first whose error is the least, or above it by no more than a ten-thousandth.
+
+    The one rule of every search in this package. Candidates that are equally good in exact arithmetic (ranges that the
+    same entries fill, grids that coincide) differ by what a processor makes of the sums; their order does not.
+
+    Args:
+        errors: ``(P, ...)``, P candidates.
+
+    Returns:
+        ``(...)``, the index of a candidate, int64.
+
+    Example:
+        >>> first_least(torch.tensor([[3.0, 0.0], [1.00001, 2.0], [1.0, 0.0]])).tolist()
+        [1, 0]
+
+    Paper: none.
+    """
+    least = errors.amin(0)
+    return (errors <= least + TIE * least.abs()).to(torch.uint8).argmax(0)  # the first of the ones
 
 
 def tail_quantiles(rows: Tensor, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -281,10 +315,10 @@ class Quantizer(nn.Module, ABC):
 
         The gradient is that of the straight-through estimator: 1 inside the representable range, 0 where clamped.
         """
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self._fake_quantize(x).to(x.dtype)
         with torch.no_grad():
             quantized = self._fake_quantize(x.detach()).to(x.dtype)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return quantized
         passed = torch.where(self._inside(x.detach()), x, 0)
         return quantized + (passed - passed.detach())  # plus exactly zero, with the gradient of what passed
 
@@ -484,13 +518,28 @@ class AffineQuantizer(Quantizer):
         # Both ends together, then each alone: a short end (GELU's negative one) must not shrink with the long one.
         moves = [(factors, factors)] if self.symmetric else [(factors, factors), (kept, factors), (factors, kept)]
         for low_factors, high_factors in moves:
-            low, high = self._best_range(rows, low * low_factors, high * high_factors)
+            low, high = self.best_range(rows, low * low_factors, high * high_factors)
         return low, high
 
-    def _best_range(self, rows: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the candidate ranges, ``(P, G)``, the one of every row with the least squared error."""
+    def best_range(self, rows: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the candidate ranges the one of every row with the least squared error; see :func:`first_least`.
+
+        Args:
+            rows: ``(G, n)``.
+            lows, highs: ``(P, G)``, P candidates a row.
+
+        Returns:
+            Low and high, each ``(G,)``.
+
+        Example:
+            >>> rows = torch.tensor([[-1.0, 0.0, 1.0]])
+            >>> AffineQuantizer(2, symmetric=True).best_range(rows, -torch.tensor([[8.0], [1.0]]), torch.ones(2, 1))
+            (tensor([-1.]), tensor([1.]))
+
+        Paper: none.
+        """
         errors = squared_errors(rows, *self._grid(lows, highs), self.q_min, self.q_max)
-        best = errors.argmin(0, keepdim=True)
+        best = first_least(errors)[None]
         return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
     def set_range(self, low: Tensor | float, high: Tensor | float) -> None:
@@ -578,7 +627,8 @@ class AffineQuantizer(Quantizer):
         return (codes - self._spread(self.zero_point, codes)) * self._spread(self.scale, codes)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, *self._grid_of(x), self.q_min, self.q_max)
+        scale, zero_point = self._grid_of(x)
+        return fake_quantize(x, scale, 0 if self.symmetric else zero_point, self.q_min, self.q_max)
 
     def _inside(self, x: Tensor) -> Tensor:
         codes = round_to_grid(x, *self._grid_of(x), self.q_min - 1, self.q_max + 1)
@@ -621,5 +671,5 @@ def best_percentile_range(
     x = check_observed(x)
     quantizer = AffineQuantizer(n_bits, symmetric=symmetric)
     rows, shape = (x.reshape(1, -1), ()) if axis is None else _channel_rows(x, axis)
-    low, high = quantizer._best_range(rows, *tail_quantiles(rows, percentiles))
+    low, high = quantizer.best_range(rows, *tail_quantiles(rows, percentiles))
     return low.view(shape), high.view(shape)

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Seen, Shared, site_inputs, visit_sites
 from s2d.ptq.log_sqrt2 import LogSqrt2Quantizer
-from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, Quantizer, best_percentile_range, chunk_elements
+from s2d.ptq.quantizers import (
+    SWITCHED_OFF,
+    AffineQuantizer,
+    Quantizer,
+    best_percentile_range,
+    chunk_elements,
+    first_least,
+)
 from s2d.ptq.reparameterize import can_shift, rescale_norm, scalable_groups
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedLinear, QuantizedProduct, Site, products, quantized_layers
 
@@ -229,7 +236,7 @@ def _channel_grids(low: Tensor, high: Tensor, widening: float, q_max: int, shift
     # An end of the range that a zero point leaves no codes for makes the step infinite, unless that end is zero itself.
     ends = (-low.clamp(max=0) / zeros, high.clamp(min=0) / (q_max - zeros))
     steps = torch.maximum(*(end.nan_to_num(nan=0.0, posinf=torch.inf) for end in ends)) * widening
-    best = steps.square().sum(1).argmin()
+    best = first_least(steps.square().sum(1))
     return steps[best].clamp(min=NARROWEST * steps[best].mean()), zeros[best].expand_as(low)
 
 
@@ -255,7 +262,7 @@ def _best_widening(
             steps = test / step + zero if (step > 0).all() else torch.full_like(test, torch.inf)
             error = (steps.round().clamp_(0, q_max) - steps) * step
             errors[i] += (error.square().sum(0) * importance).sum()
-    best = int(errors.nan_to_num(nan=torch.inf).argmin())
+    best = int(first_least(errors.nan_to_num(nan=torch.inf)))
     return WIDENINGS[best - 1] if best > 0 else None
 
 
@@ -287,7 +294,7 @@ def _best(candidates: list[Quantizer], probabilities: Tensor, values: Tensor) ->
         for i, quantizer in enumerate(candidates):
             error = (quantizer(p) - p).float()
             errors[i] += (error if v is None else error @ v.float()).square().sum().cpu().double()
-    return candidates[int(errors.argmin())]
+    return candidates[int(first_least(errors))]
 
 
 def _chunks(left: Tensor, right: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

@@ -203,6 +203,7 @@ _FACTORS = {
 }
 _FACTORS |= {torch.baddbmm: (1, 2), Tensor.baddbmm: (1, 2), torch.mm: (0, 1), Tensor.mm: (0, 1), torch.addmm: (1, 2)}
 _ATTENTION = F.scaled_dot_product_attention
+_FOLLOWED = {*_FACTORS, torch.einsum, F.linear, _ATTENTION}
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -288,9 +289,10 @@ class _Interception(TorchFunctionMode):
         return F.linear(*args, **kwargs)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        # An attention inside this one has its own.
+        if function not in _FOLLOWED or self.active[-1] is not self:
+            return function(*args, **(kwargs or {}))
         args, kwargs = positional(function, args, kwargs)
-        if self.active[-1] is not self:  # an attention inside this one has its own
-            return function(*args, **kwargs)
         if function is F.linear:
             return self._linear(args, kwargs)
         if function is _ATTENTION:

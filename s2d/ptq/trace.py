@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from s2d.layers import is_conv1d_of_gpt2
 from s2d.ptq.attention import call_kind
-from s2d.ptq.sites import _ATTENTION, CONVOLUTIONS, factors, positional
+from s2d.ptq.sites import CONVOLUTIONS, factors, positional
 
 MARK = "_s2d_origin"
+_ATTENTION = F.scaled_dot_product_attention  # as torch made it, whatever a library puts in its place later
 
 # Functions that move entries about, and leave each one, and the channels' place at the end, as they are.
 _MOVES = {

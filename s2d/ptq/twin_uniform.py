@@ -12,6 +12,8 @@ from s2d.ptq.quantizers import (
     check_quantizer_bits,
     check_step,
     chunk_elements,
+    fake_quantize,
+    first_least,
     round_to_grid,
 )
 
@@ -71,7 +73,11 @@ def twin_gelu(x: Tensor, step: Tensor, n_bits: int) -> Tensor:
     Paper: none; PTQ4ViT quantizes the input of fc2 with it.
     """
     values, step = _working(x, step)
-    return _gelu_values(_gelu_codes(values, step, n_bits), step, n_bits).to(x.dtype)
+    levels = 2 ** (n_bits - 1)
+    negative = torch.full_like(step, GELU_MINIMUM / levels).flatten()[0]  # the same for every candidate
+    # Each clamps the other's side to zero: the sum is the value of the side that x is on.
+    below = fake_quantize(values, negative, 0, -levels, 0)
+    return fake_quantize(values, step, 0, 0, levels - 1).add_(below).to(x.dtype)
 
 
 class TwinUniformGELU(Quantizer):
@@ -157,8 +163,12 @@ class TwinUniformGELU(Quantizer):
 def _softmax_ranges(x: Tensor, split: Tensor, n_bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes and steps of the small and of the large range."""
     last = 2 ** (n_bits - 1) - 1
-    steps = (split / last).clamp(min=SMALLEST_STEP), torch.full_like(split, 1 / last).flatten()[0]
+    steps = _softmax_steps(split, last)
     return *(round_to_grid(x, step, 0, 0, last) for step in steps), *steps
+
+
+def _softmax_steps(split: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    return (split / last).clamp(min=SMALLEST_STEP), torch.full_like(split, 1 / last).flatten()[0]
 
 
 def twin_softmax(x: Tensor, split: Tensor, n_bits: int) -> Tensor:
@@ -185,9 +195,9 @@ def twin_softmax(x: Tensor, split: Tensor, n_bits: int) -> Tensor:
     Paper: none; PTQ4ViT quantizes the attention probabilities with it.
     """
     values, split = _working(x, split)
-    small, large, small_step, large_step = _softmax_ranges(values, split, n_bits)
-    small, large = small * small_step, large * large_step
-    return torch.where((values - small).abs() <= (values - large).abs(), small, large).to(x.dtype)
+    last = 2 ** (n_bits - 1) - 1
+    small, large = (fake_quantize(values, step, 0, 0, last) for step in _softmax_steps(split, last))
+    return torch.where((values - small).abs_() <= (values - large).abs_(), small, large).to(x.dtype)
 
 
 class TwinUniformSoftmax(Quantizer):
@@ -249,7 +259,7 @@ class TwinUniformSoftmax(Quantizer):
         if self.errors is None:
             raise ValueError("nothing was observed: this quantizer saw no calibration data")
         if not self._done:
-            self.set_split(torch.tensor(SPLITS, device=self.errors.device)[self.errors.argmin()])
+            self.set_split(torch.tensor(SPLITS, device=self.errors.device)[first_least(self.errors)])
             self._done = True
 
     def set_split(self, s: Tensor | float) -> None:

@@ -10,55 +10,34 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from s2d.lab.ablations import BASELINE
 from s2d.lab.figures.registry import published
-from s2d.lab.figures.style import COLOURS, bit_widths, listed, short_names
+from s2d.lab.figures.style import COLOURS, difference_panels, listed, short_names
 from s2d.lab.staleness import AT_REST
 
 
 def _intervals_without_zero(differences: pd.DataFrame) -> str:
-    sure = ((differences.low > 0) | (differences.high < 0)).sum()
+    accuracy = differences[differences.measure == "accuracy"]
+    sure = ((accuracy.low > 0) | (accuracy.high < 0)).sum()
     return (
-        f"{sure} of {len(differences)} intervals leave zero out; "
-        f"by chance alone it would be about {0.05 * len(differences):.0f}."
+        f"{sure} of {len(accuracy)} intervals of accuracy leave zero out; "
+        f"by chance alone it would be about {0.05 * len(accuracy):.0f}."
     )
 
 
 @published(tables=["ablation_differences"], finding=_intervals_without_zero, paper="Tables 6, 10, 11 in shape")
 def ablations(differences: pd.DataFrame, bits: Sequence[str] = ("FP", "W4A4", "W3A3")) -> Figure:
-    """Every ablation against the baseline: mean difference within a seed, and its 95 % interval, around zero.
+    """Every ablation against S2D: mean difference within a seed and its 95 % interval, in accuracy and in points lost.
 
     Args:
-        differences: columns group, setting, method, bits, difference, low, high (fractions).
+        differences: from :func:`s2d.lab.ablations.paired_differences`.
         bits: those shown, where they were measured.
 
     Returns:
-        One panel a bit width, one row a setting, one colour a method.
+        One panel a measure and bit width, one row a setting, one colour a method.
     """
-    table = differences[differences.bits.isin(bits)]
-    table = table.assign(label=table.group + ": " + table.setting)
-    labels, bits = list(dict.fromkeys(table.label)), bit_widths(table)
-    methods = [method for method in dict.fromkeys(table.method) if method != "FP"]
-    styles = dict(zip(methods, zip(sns.color_palette("colorblind"), "osD^v", strict=False), strict=False))
-    height = 1.6 + 0.32 * len(labels)
-    figure, axes = plt.subplots(1, len(bits), figsize=(3.6 * len(bits) + 1.6, height), sharey=True, squeeze=False)
-    for axis, name in zip(axes[0], bits, strict=True):
-        panel = table[table.bits == name]
-        shown = list(dict.fromkeys(panel.method))
-        for index, method in enumerate(shown):
-            part = panel[panel.method == method]
-            colour, marker = styles.get(method, ("black", "o"))
-            places = [labels.index(label) + 0.24 * (index - (len(shown) - 1) / 2) for label in part.label]
-            spread = [100 * (part.difference - part.low), 100 * (part.high - part.difference)]
-            style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 4, "linewidth": 1}
-            axis.errorbar(100 * part.difference, places, xerr=spread, label=method, **style)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title="full precision" if name == "FP" else name, xlabel="points against S2D")
-        axis.grid(axis="y", linewidth=0.3)
-    axes[0, 0].set_yticks(range(len(labels)), labels)
-    axes[0, 0].invert_yaxis()
-    handles, names = axes[0, -1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
-    return figure
+    named = differences.assign(label=differences.group + ": " + differences.setting)
+    return difference_panels(named, rows="label", bits=bits, against=BASELINE)
 
 
 def _share_picked(table: pd.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -71,4 +72,52 @@ def pcdr_layers(layers: pd.DataFrame, taus: tuple[float, ...] = TAUS) -> Figure:
     axis.set_xticks(range(len(mean)), short_names(mean.index), rotation=60, ha="right")
     axis.set(ylabel="PCDR$_3$", title="Which layers make their outliers with three components")
     figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _within_and_pooled(layers: pd.DataFrame, correlation: pd.DataFrame) -> str:
+    pair = correlation[(correlation.x == "sigma_1") & (correlation.y == "max_abs")]
+    cells = [
+        f"{row.correlation:+.2f} [{row.low:+.2f}, {row.high:+.2f}] {row.variant}, {row.scope}"
+        for row in pair.itertuples()
+    ]
+    return f"Rank correlation of a layer's largest singular value and largest activation: {'; '.join(cells)}."
+
+
+@published(tables=["pcdr_layers", "pcdr_correlation"], finding=_within_and_pooled, paper="Theorem 1")
+def pcdr_correlation(layers: pd.DataFrame, correlation: pd.DataFrame) -> Figure:
+    """Largest activation against largest singular value, one point a layer; correlations within networks and pooled.
+
+    Args:
+        layers: one row a variant, seed and layer.
+        correlation: from :func:`s2d.lab.origins.layer_correlation_table`.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    for variant, part in layers.groupby("variant", sort=False):
+        style = {"color": COLOURS[variant], "marker": MARKERS[variant], "alpha": 0.7, "label": variant}
+        left.scatter(part.sigma_1, part.max_abs, s=22, **style)
+    left.set(xscale="log", yscale="log", xlabel="largest singular value", ylabel="largest |activation|")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(mpl.ticker.NullLocator())
+    left.set(title="One point a layer and seed")
+    left.legend()
+    symbols = {"sigma_1": "$\\sigma_1$", "pcdr_1": "PCDR$_1$", "spectral_pcdr_1": "spectral PCDR$_1$"}
+    pairs = list(dict.fromkeys(correlation.x))
+    kinds = list(dict.fromkeys(zip(correlation.variant, correlation.scope, strict=True)))
+    for index, (variant, scope) in enumerate(kinds):
+        part = correlation[(correlation.variant == variant) & (correlation.scope == scope)]
+        places = [pairs.index(x) + 0.12 * (index - (len(kinds) - 1) / 2) for x in part.x]
+        colour = COLOURS.get(variant, "black")
+        pooled = scope == "all together"
+        right.hlines(places, part.low, part.high, color=colour, linewidth=1.5, linestyle=":" if pooled else "-")
+        face = "white" if pooled else colour
+        style = {"marker": MARKERS.get(variant, "D"), "facecolor": face, "edgecolor": colour, "zorder": 2}
+        right.scatter(part.correlation, places, s=28, label=f"{variant}, {scope}", **style)
+    right.axvline(0, color="black", linewidth=0.8, linestyle=":")
+    right.set_yticks(range(len(pairs)), [f"{symbols[x]} and largest |y|" for x in pairs])
+    right.invert_yaxis()
+    right.set(xlim=(-1.02, 1.02), xlabel="rank correlation, 95 % interval", title="Within networks, and pooled")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from s2d.lab.claims import NOT_MEASURED, headline
 from s2d.lab.figures.registry import published
 from s2d.lab.figures.style import bars, bit_widths, legend_below, listed
 
@@ -66,30 +69,51 @@ def measured_and_reported(frontier: pd.DataFrame, selection: pd.DataFrame, power
     return figure
 
 
-VERDICTS = {"reproduced": "#007a3d", "undecided": "#7a7a7a", "not reproduced": "#d1495b"}
+COLOUR_OF = {
+    "reproduced": "#007a3d",
+    "holds": "#007a3d",
+    "equivalent": "#2f6db5",
+    "undecided": "#7a7a7a",
+    "not reproduced": "#d1495b",
+    "does not hold": "#d1495b",
+}
+HEADINGS = {"paper": "THE PAPER'S CLAIMS", "ours": "OUR OWN", "theorem": "TRUE BY CONSTRUCTION"}
 
 
-def _counted(claims: pd.DataFrame) -> str:
-    return f"Of {len(claims)} claims: {listed(claims.verdict.value_counts(), '{:d}')}."
-
-
-@published(tables=["claims"], finding=_counted, paper="appendices A, C, D, G; Tables 6, 7, 10, 11")
+@published(tables=["claims"], finding=headline, paper="abstract; appendices A, C, D, E, G; Tables 6, 7, 9, 10, 11")
 def claims(table: pd.DataFrame) -> Figure:
-    """Every claim with its verdict: the measured value with its interval, each in its own scale, and the paper's."""
-    table = table[table.verdict.isin(VERDICTS)]
-    figure, axis = plt.subplots(figsize=(9.5, 0.3 * len(table) + 1))
-    for place, row in enumerate(table.itertuples()):
+    """Every claim that was measured, signed so that right is what it says: mean and 95 % interval in its own scale.
+
+    Args:
+        table: from :func:`s2d.lab.claims.claims_table`.
+    """
+    table = table[table.verdict != NOT_MEASURED]
+    shown = [name for name in COLOUR_OF if name in set(table.verdict)]
+    rows: list[tuple[str, pd.Series | None]] = []
+    for group, own in table.groupby("group", sort=False):
+        rows += [(HEADINGS[group], None), *((row.claim, row) for _, row in own.iterrows())]
+    figure, axis = plt.subplots(figsize=(13, 0.34 * len(rows) + 1))
+    for place, (_, row) in enumerate(rows):
+        if row is None:
+            continue
         unit = max(abs(value) for value in (row.low, row.high, row.measured) if value == value) or 1.0
-        style = {"color": VERDICTS[row.verdict], "marker": "o", "markersize": 5, "linewidth": 2}
+        colour = COLOUR_OF[row.verdict]
         if row.low == row.low:  # one seed has no interval
-            axis.plot([row.low / unit, row.high / unit], [place, place], color=VERDICTS[row.verdict], linewidth=2)
-        axis.plot(row.measured / unit, place, **style)
-        text = f"{row.measured:+.3g} {row.unit}  (paper: {row.reported})"
+            axis.plot([row.low / unit, row.high / unit], [place, place], color=colour, linewidth=2)
+        axis.plot(row.measured / unit, place, color=colour, marker="o", markersize=5)
+        interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else ""
+        text = f"{row.measured:+.3g}{interval} {row.unit}"
+        if pd.notna(row.reported_size):
+            text += f"  (paper: {row.reported_size:+.3g})"
         axis.text(1.08, place, text, va="center", fontsize="x-small")
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(table)), table.claim, fontsize="x-small")
-    axis.set(xlim=(-1.05, 1.05), ylim=(len(table) - 0.5, -0.5), xlabel="mean and 95 % interval, each in its own scale")
-    axis.set_xticks([-1, 0, 1], ["negative", "0", "positive"])
-    handles = [plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in VERDICTS.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    axis.set_yticks(
+        range(len(rows)), [textwrap.fill(name, 78, break_on_hyphens=False) for name, _ in rows], fontsize="x-small"
+    )
+    for tick, (_, row) in zip(axis.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if row is None else "normal")
+    axis.set(xlim=(-1.05, 1.05), ylim=(len(rows) - 0.5, -0.5))
+    axis.set_xticks([-1, 0, 1], ["against the claim", "0", "as claimed"])
+    handles = [plt.Line2D([], [], color=COLOUR_OF[name], marker="o", label=name) for name in shown]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure

@@ -8,9 +8,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from s2d.lab.evaluate import with_points_lost
 from s2d.lab.figures.registry import published
 from s2d.lab.figures.style import COLOURS, MARKERS, bit_widths, legend_below, listed, mean_line, short_names
-from s2d.lab.origins import dose_table
+from s2d.lab.origins import dose_response, dose_table
 
 
 def _kurtosis_at_equal_accuracy(matched: pd.DataFrame, ptq: pd.DataFrame) -> str:
@@ -24,36 +25,40 @@ def _kurtosis_at_equal_accuracy(matched: pd.DataFrame, ptq: pd.DataFrame) -> str
     paper="appendix C",
 )
 def origins_interventions(matched: pd.DataFrame, ptq: pd.DataFrame) -> Figure:
-    """Every optimizer a row: kurtosis at equal accuracy and at the end, accuracy before and after rounding.
+    """Every optimizer a row: kurtosis at equal accuracy and at the end, test accuracy, points of it lost to rounding.
 
     Args:
         matched: columns variant, moment ("matched" or "end"), excess_kurtosis.
-        ptq: columns variant, bits ("FP" and one more), accuracy.
+        ptq: columns variant, seed, grid, bits ("FP" and at most three more), accuracy; one grid.
     """
     variants = list(matched.variant.unique())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.36 * len(variants) + 1.7), sharey=True)
-    widths = bit_widths(ptq)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 0.36 * len(variants) + 1.9), sharey=True)
+    left, middle, right = axes
+    table = with_points_lost(ptq).assign(percent=lambda t: 100 * t.accuracy)
+    low = [name for name in bit_widths(ptq) if name != "FP"]
+    end, level = (matched[matched.moment == moment] for moment in ("end", "matched"))
     series = [
-        (left, matched[matched.moment == "end"], "excess_kurtosis", 1, "s", "end of training"),
-        (left, matched[matched.moment == "matched"], "excess_kurtosis", 1, "o", "at equal validation accuracy"),
-        *((right, ptq[ptq.bits == b], "accuracy", 100, m, b) for b, m in zip(widths, "so", strict=True)),
+        (left, end, "excess_kurtosis", 0, "end of training"),
+        (left, level, "excess_kurtosis", 1, "at equal validation accuracy"),
+        (middle, table[table.bits == "FP"], "percent", 0, "full precision"),
+        *((right, table[table.bits == name], "points_lost", i, name) for i, name in enumerate(low)),
     ]
-    colours = {"s": COLOURS["SGD"], "o": COLOURS["AdamW"]}
-    for axis, table, column, scale, marker, label in series:
-        shift = 0.14 if marker == "o" else -0.14
-        places = [variants.index(v) + shift for v in table.variant]
-        axis.scatter(scale * table[column], places, s=10, color=colours[marker], alpha=0.45)
-        mean = scale * table.groupby("variant")[column].mean()[variants]
-        rows = [i + shift for i in range(len(variants))]
-        axis.scatter(mean, rows, s=40, color=colours[marker], marker=marker, label=label)
+    colours = (COLOURS["SGD"], COLOURS["AdamW"], COLOURS["S2D"])
+    for axis, part, column, index, label in series:
+        shift = 0.28 * index - 0.14
+        style = {"color": colours[index], "marker": "sod"[index]}
+        axis.scatter(part[column], [variants.index(v) + shift for v in part.variant], s=10, alpha=0.45, **style)
+        mean = part.groupby("variant")[column].mean()[variants]
+        axis.scatter(mean, [i + shift for i in range(len(variants))], s=40, label=label, **style)
     left.set_yticks(range(len(variants)), variants)
     left.invert_yaxis()
     left.set_xscale("symlog", linthresh=1)
     left.xaxis.set_major_formatter("{x:g}")
     left.set_xlim(right=2 * max(1, matched.excess_kurtosis.max()))
     left.set(xlabel="excess kurtosis of the residual stream", title="Outliers")
-    right.set(xlabel="test accuracy (%)", title=f"Full precision and {widths[-1]} (RTN)")
-    for axis in (left, right):
+    middle.set(xlabel="test accuracy (%)", title="Accuracy")
+    right.set(xlabel=f"points lost (RTN, {ptq.grid.iloc[0]} grid)", title="Cost of rounding")
+    for axis in axes:
         axis.grid(axis="y", alpha=0.4)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     return figure
@@ -61,9 +66,11 @@ def origins_interventions(matched: pd.DataFrame, ptq: pd.DataFrame) -> Figure:
 
 def _dose_response(matched: pd.DataFrame) -> str:
     doses = dose_table(matched)
-    parts = doses[doses.moment == "matched"].groupby("knob", sort=False)
-    response = {knob: part.dose.corr(part.excess_kurtosis, method="spearman") for knob, part in parts}
-    return f"Rank correlation of dose and kurtosis at equal accuracy, over seeds: {listed(response, '{:+.2f}')}."
+    response = dose_response(doses[doses.moment == "matched"])
+    said = "; ".join(
+        f"{row.knob} {row.correlation:+.2f} [{row.low:+.2f}, {row.high:+.2f}]" for row in response.itertuples()
+    )
+    return f"Rank correlation of dose and kurtosis at equal accuracy, within seeds, mean and 95 % interval: {said}."
 
 
 @published(tables=["origins_interventions"], finding=_dose_response, paper="appendix C [7]")
@@ -198,4 +205,69 @@ def origins_growth(growth: pd.DataFrame, correlation: pd.DataFrame) -> Figure:
     right.set_xticks([-1, -0.5, 0, 0.5, 1])
     right.set(xlim=(-1.02, 1.02), xlabel="rank correlation, 95 % interval", title="What grows together")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=len(scopes))
+    return figure
+
+
+def _severity(summary: pd.DataFrame, widths: pd.DataFrame) -> str:
+    by_steps = summary.groupby("steps")[["excess_kurtosis", "ffn_sigma_1"]].mean()
+    steps = "; ".join(
+        f"{n} steps: {row.excess_kurtosis:.1f} and {row.ffn_sigma_1:.1f}" for n, row in by_steps.iterrows()
+    )
+    by_width = widths.groupby("width")[["excess_kurtosis", "ceiling"]].mean()
+    reached = "; ".join(f"{w}: {row.excess_kurtosis:.1f} of {row.ceiling:.0f}" for w, row in by_width.iterrows())
+    return (
+        f"Mean excess kurtosis and largest singular value of a feed-forward weight, by length of pretraining: {steps}. "
+        f"Kurtosis by width, and what one channel can give: {reached}."
+    )
+
+
+@published(tables=["origins_growth_summary", "origins_width"], finding=_severity, paper="abstract, appendix C [2]")
+def origins_severity(summary: pd.DataFrame, widths: pd.DataFrame) -> Figure:
+    """What grows with the length of pretraining (kurtosis, singular values, points lost), and kurtosis with width.
+
+    Args:
+        summary: from :func:`s2d.lab.origins.growth_summary`.
+        widths: from :func:`s2d.lab.origins.width_table`.
+    """
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6))
+    lengths = sorted(summary.steps.unique())
+    for axis, column, label in (
+        (axes[0], "excess_kurtosis", "excess kurtosis"),
+        (axes[1], "ffn_sigma_1", "largest $\\sigma_1$ of a feed-forward weight"),
+    ):
+        for _, run in summary.sort_values("steps").groupby("seed"):
+            axis.plot(run.steps, run[column], color=COLOURS["AdamW"], alpha=0.35, linewidth=1)
+        mean = summary.groupby("steps")[column].mean()
+        axis.plot(mean.index, mean, color=COLOURS["AdamW"], marker=MARKERS["AdamW"])
+        axis.set(ylabel=label, title="Each seed a thin line" if axis is axes[0] else "")
+    low = list(summary.columns[summary.columns.get_loc("FP") + 1 :])
+    methods = list(dict.fromkeys(name.rpartition(" ")[0] for name in low))
+    widths_of = list(dict.fromkeys(name.rpartition(" ")[2] for name in low))
+    colours = dict(zip(methods, (COLOURS["AdamW"], COLOURS["SGD"], COLOURS["S2D"]), strict=False))
+    lines = dict(zip(widths_of, ("--", "-", ":"), strict=False))
+    for name in low:
+        method, _, bits = name.rpartition(" ")
+        lost = (100 * (summary.FP - summary[name])).groupby(summary.steps).mean()
+        axes[2].plot(lost.index, lost, lines[bits], color=colours[method], marker="o", markersize=4, label=name)
+    axes[2].set(ylabel="points lost", title="Cost of rounding, mean")
+    for axis in axes[:3]:
+        axis.set_xscale("log")
+        axis.set_xticks(lengths, [f"{n:g}" for n in lengths])
+        axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+        axis.set(xlabel="optimizer steps (AdamW)")
+    sizes = sorted(widths.width.unique())
+    for column, label, colour, marker in (
+        ("excess_kurtosis", "mean over blocks", COLOURS["AdamW"], "o"),
+        ("largest_block", "largest block", COLOURS["S2D"], "D"),
+    ):
+        axes[3].scatter(
+            [sizes.index(w) for w in widths.width], widths[column], color=colour, marker=marker, label=label
+        )
+    for index, size in enumerate(sizes):
+        axes[3].hlines(size - 3, index - 0.35, index + 0.35, color="black", linestyle="--", linewidth=1)
+    axes[3].hlines([], 0, 0, color="black", linestyle="--", linewidth=1, label="one channel on all tokens")
+    axes[3].set_xticks(range(len(sizes)), [f"width {size}" for size in sizes])
+    axes[3].set(xlim=(-0.5, len(sizes) - 0.5), ylim=(0, None), ylabel="excess kurtosis", title="Room for outliers")
+    for axis in axes[2:]:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", ncols=1 if axis is axes[3] else 2)
     return figure

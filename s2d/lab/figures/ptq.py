@@ -9,34 +9,43 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from s2d.lab.evaluate import with_points_lost
 from s2d.lab.figures.registry import published
 from s2d.lab.figures.style import COLOURS, MARKERS, bars, bit_widths, legend_below, listed, mean_line
 from s2d.ptq.quantizers import Quantizer
 
 
 def accuracy_by_bits(ptq: pd.DataFrame) -> Figure:
-    """Test accuracy at every bit width; each seed a small marker, the mean a line."""
+    """Test accuracy at every bit width, and points of it lost; each seed a small marker, the mean a line.
+
+    Args:
+        ptq: columns variant, seed, grid, bits, accuracy; one grid.
+
+    Raises:
+        ValueError: for more than one grid, whose accuracies have no common mean.
+    """
+    grids = list(dict.fromkeys(ptq.grid))
+    if len(grids) != 1:
+        raise ValueError(f"the table has the grids {', '.join(grids)}: draw one at a time")
     bits = bit_widths(ptq)
-    figure, axis = plt.subplots(figsize=(7.5, 3.8))
-    variants = list(ptq.variant.unique())
-    for index, variant in enumerate(variants):
-        table = ptq[ptq.variant == variant]
-        # A small sideways shift keeps the seeds of one variant from hiding another's.
-        shift = 0.08 * (index - (len(variants) - 1) / 2)
-        mean = table.groupby("bits").accuracy.mean()
-        axis.plot(
-            [i + shift for i in range(len(bits))],
-            [100 * mean[b] for b in bits],
-            color=COLOURS[variant],
-            marker=MARKERS[variant],
-            label=variant,
-        )
-        for i, b in enumerate(bits):
-            values = 100 * table[table.bits == b].accuracy
-            axis.scatter([i + shift] * len(values), values, s=9, color=COLOURS[variant], alpha=0.5)
-    axis.set_xticks(range(len(bits)), bits)
-    axis.set(xlabel="weights and activations (RTN)", ylabel="test accuracy (%)", title="Accuracy after quantization")
-    axis.legend()
+    table = with_points_lost(ptq).assign(percent=lambda t: 100 * t.accuracy)
+    variants = list(table.variant.unique())
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    panels = {"percent": ("test accuracy (%)", "Accuracy after rounding"), "points_lost": ("points lost", "Its cost")}
+    for axis, (column, (label, title)) in zip(axes, panels.items(), strict=True):
+        for index, variant in enumerate(variants):
+            # A small sideways shift keeps the seeds of one variant from hiding another's.
+            shift = 0.08 * (index - (len(variants) - 1) / 2)
+            part = table[table.variant == variant]
+            mean = part.groupby("bits")[column].mean()[bits]
+            places = [i + shift for i in range(len(bits))]
+            axis.plot(places, mean, color=COLOURS[variant], marker=MARKERS[variant], label=variant)
+            places = [bits.index(name) + shift for name in part.bits]
+            axis.scatter(places, part[column], s=9, color=COLOURS[variant], alpha=0.5)
+        axis.set_xticks(range(len(bits)), bits)
+        axis.set(xlabel=f"weights and activations (RTN, {grids[0]} grid)", ylabel=label, title=title)
+    axes[0].legend()
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -88,25 +97,26 @@ def _s2d_gain_by_method(table: pd.DataFrame) -> str:
 
 @published(tables=["ptq_methods"], finding=_s2d_gain_by_method, paper="Tables 6, 8, 11 in shape")
 def ptq_methods(table: pd.DataFrame) -> Figure:
-    """Every method at every bit width: accuracy above, relative logit error below, one column a method.
+    """Every method at every bit width: accuracy, points of it lost, relative logit error; one column a method.
 
     Lines are means over seeds and calibration sets, bands reach from the lowest to the highest of them.
     """
-    quantized = table[table.method != "FP"]
+    quantized = with_points_lost(table).query("method != 'FP'")
     methods, bits = list(quantized.method.unique()), bit_widths(quantized)
-    figure, axes = plt.subplots(2, len(methods), figsize=(2.9 * len(methods), 5.4), sharex=True, sharey="row")
+    labels = {"percent": "test accuracy (%)", "points_lost": "points lost", "logit_error": "relative logit error"}
+    figure, axes = plt.subplots(3, len(methods), figsize=(2.9 * len(methods), 7.4), sharex=True, sharey="row")
     for column, method in enumerate(methods):
         rows = quantized[quantized.method == method].assign(
             position=lambda t: t.bits.map(bits.index), percent=lambda t: 100 * t.accuracy
         )
         for variant, part in rows.groupby("variant", sort=False):
-            for axis, value in ((axes[0, column], "percent"), (axes[1, column], "logit_error")):
+            for axis, value in zip(axes[:, column], labels, strict=True):
                 mean_line(axis, part, "position", value, variant, marker=MARKERS[variant], markersize=4)
         axes[0, column].set(title=method)
-        axes[1, column].set_yscale("log")
-        axes[1, column].set_xticks(range(len(bits)), bits, rotation=45)
-    axes[0, 0].set(ylabel="test accuracy (%)")
-    axes[1, 0].set(ylabel="relative logit error")
+        axes[2, column].set_yscale("log")
+        axes[2, column].set_xticks(range(len(bits)), bits, rotation=45)
+    for axis, label in zip(axes[:, 0], labels.values(), strict=True):
+        axis.set(ylabel=label)
     axes[0, 0].legend()
     legend_below(figure, axes[0, 0])
     return figure

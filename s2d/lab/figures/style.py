@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -21,39 +22,39 @@ COLOURS = {
     "SGD": "#7a7a7a",
     "AdamW": "#d1495b",
     "AdamW, tuned weight decay": "#edae49",
+    "AdamW, half the steps": "#f4a6b0",
     "S2D": "#00798c",
+    "S2D, live": "#4cc3b0",
     "No PCDR": "#8d6cab",
     "Top 3 of every layer": "#2e4057",
-    "AdamW, lr 2e-3": "#f4a6b0",
     "AdamW, rotated basis": "#56b4e9",
     "AdamW, eps 1e-3": "#cc79a7",
     "AdamW, eps 1e-2": "#9c3587",
     "AdamW, beta2 0.9": "#e69f00",
+    "AdamW, beta2 0.999": "#bc8034",
     "Muon": "#6a994e",
     "Decoupled spectral decay": "#007a3d",
-    "L2 on every component": "#b5838d",
-    "S2D, tuned weight decay": "#7fc8d4",
     "Spectral-norm cap": "#5c6b73",
-    "Gradient clipping": "#bc8034",
+    "S2D, the paper's lam and tau": "#7fb2d9",
 }
 MARKERS = {
     "SGD": "s",
     "AdamW": "o",
     "AdamW, tuned weight decay": "^",
+    "AdamW, half the steps": "8",
     "S2D": "D",
+    "S2D, live": "P",
     "No PCDR": "v",
     "Top 3 of every layer": "P",
-    "AdamW, lr 2e-3": "8",
     "AdamW, rotated basis": "X",
     "AdamW, eps 1e-3": "<",
     "AdamW, eps 1e-2": ">",
     "AdamW, beta2 0.9": "h",
+    "AdamW, beta2 0.999": "H",
     "Muon": "p",
     "Decoupled spectral decay": "*",
-    "L2 on every component": "X",
-    "S2D, tuned weight decay": "D",
     "Spectral-norm cap": "s",
-    "Gradient clipping": "h",
+    "S2D, the paper's lam and tau": "d",
 }
 BIT_ORDER = ["FP", "W8A8", "W6A6", "W5A5", "W4A4", "W3A3"]
 
@@ -164,6 +165,44 @@ def bars(axis: Axes, table: pd.DataFrame, *, x: str, y: str, **options) -> None:
     """
     whiskers = {"errorbar": lambda values: (values.min(), values.max()), "err_kws": {"linewidth": 1}}
     sns.barplot(table, x=x, y=y, hue="variant", palette=COLOURS, ax=axis, **(whiskers | options))
+
+
+def difference_panels(table: pd.DataFrame, *, rows: str, bits: Sequence[str], against: str) -> Figure:
+    """Differences with their intervals around zero: one panel a measure and bit width, one colour a method.
+
+    Args:
+        table: columns measure, bits, method, difference, low, high (points).
+        rows: the column that names the rows.
+        bits: those shown, where they were measured.
+        against: what the differences are taken from.
+    """
+    table = table[table.bits.isin(bits)]
+    labels = list(dict.fromkeys(table[rows]))
+    panels = [(m, b) for m in dict.fromkeys(table.measure) for b in bit_widths(table[table.measure == m])]
+    methods = [method for method in dict.fromkeys(table.method) if method != "FP"]
+    styles = dict(zip(methods, zip(sns.color_palette("colorblind"), "osD^v", strict=False), strict=False))
+    size = (2.5 * len(panels) + 2.5, 1.6 + (0.2 + 0.07 * len(methods)) * len(labels))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axis, (measure, name) in zip(axes[0], panels, strict=True):
+        panel = table[(table.measure == measure) & (table.bits == name)]
+        shown = list(dict.fromkeys(panel.method))
+        for index, method in enumerate(shown):
+            part = panel[panel.method == method]
+            colour, marker = styles.get(method, ("black", "o"))
+            step = 0.7 / max(1, len(methods))
+            places = [labels.index(label) + step * (index - (len(shown) - 1) / 2) for label in part[rows]]
+            spread = [part.difference - part.low, part.high - part.difference]
+            style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 4, "linewidth": 1}
+            axis.errorbar(part.difference, places, xerr=spread, label=method, **style)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(f"{measure}, {'full precision' if name == 'FP' else name}", fontsize="small")
+        axis.grid(axis="y", linewidth=0.3)
+    axes[0, 0].set_yticks(range(len(labels)), labels)
+    axes[0, 0].invert_yaxis()
+    figure.supxlabel(f"points against {against}", fontsize="small")
+    handles, names = axes[0, -1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    return figure
 
 
 def bit_widths(table: pd.DataFrame) -> list[str]:

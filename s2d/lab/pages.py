@@ -1,0 +1,189 @@
+"""The parts of README.md and RESULTS.md that are computed: every number in them comes from a table of the laptop scale.
+
+python -m s2d.lab.pages        rewrites what stands between ``<!-- computed: NAME -->`` and ``<!-- end -->``
+python -m s2d.lab.pages check  says which parts are not what the tables give (exit status 1)
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import pandas as pd
+
+from s2d.files import write_text
+from s2d.lab.paths import repository_root
+from s2d.lab.results import load_table
+
+PAGES = ("README.md", "RESULTS.md")
+RUN = "laptop"
+BLOCK = re.compile(r"<!-- computed: (?P<name>[a-z0-9 _-]+) -->\n(?P<text>.*?)<!-- end -->", re.DOTALL)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_and_deviation(values: pd.Series, digits: int = 1) -> str:
+    """``mean ± standard deviation``.
+
+    Example:
+        >>> mean_and_deviation(pd.Series([1.0, 2.0, 3.0]))
+        '2.0 ± 1.0'
+    """
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+def _accuracies(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> list[str]:
+    accuracy = 100 * table.set_index(["method", "bits"]).accuracy
+    return [mean_and_deviation(accuracy[cell]) for cell in cells]
+
+
+def _lost(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> list[str]:
+    wide = 100 * table.pivot(index="seed", columns=["method", "bits"], values="accuracy")
+    return [mean_and_deviation(wide["FP", "FP"] - wide[cell]) for cell in cells]
+
+
+def fine_tuning() -> str:
+    """Accuracy of every arm in full precision and under RTN and ERQ, on the evidence seeds."""
+    table = load_table("frontier", run=RUN)
+    cells = [("FP", "FP"), ("RTN", "W4A4"), ("ERQ", "W4A4"), ("RTN", "W3A3"), ("ERQ", "W3A3")]
+    header = ["fine-tuning", *(" ".join(dict.fromkeys(cell)) for cell in cells)]
+    names = list(dict.fromkeys(table.variant))
+    return markdown_table(header, ([name, *_accuracies(table[table.variant == name], cells)] for name in names))
+
+
+def points_lost() -> str:
+    """Full precision minus quantized accuracy of every arm, under every quantizer."""
+    table = load_table("frontier", run=RUN)
+    wanted = ("RTN", "RTN, asymmetric", "PTQ4ViT", "RepQ-ViT", "ERQ")
+    measured = set(zip(table.method, table.bits, strict=True))
+    cells = [(method, bits) for bits in ("W4A4", "W3A3") for method in wanted if (method, bits) in measured]
+    header = ["points lost", *(" ".join(reversed(cell)) for cell in cells)]
+    names = list(dict.fromkeys(table.variant))
+    return markdown_table(header, ([name, *_lost(table[table.variant == name], cells)] for name in names))
+
+
+def testbed() -> str:
+    """What the testbed was chosen to show, and in how many runs it does."""
+    table = load_table("testbed_findings", run=RUN)
+
+    def value(row) -> str:
+        if pd.isna(row.mean):
+            return "not run"
+        return f"{row.mean:.3g}" + ("" if pd.isna(row.low) else f" [{row.low:.3g}, {row.high:.3g}]")
+
+    rows = ([row.finding, row.target, f"{row.held} of {row.runs}", value(row)] for row in table.itertuples())
+    return markdown_table(["finding", "target", "held in", "mean [95 % interval over seeds]"], rows)
+
+
+def verdicts() -> str:
+    """How many independent claims of the paper have which verdict."""
+    from s2d.lab.claims import headline
+
+    return f"{headline(load_table('claims', run=RUN))} ([`claims.csv`](data/{RUN}/claims.csv))"
+
+
+def claims() -> str:
+    """Every claim with its verdict."""
+    table = load_table("claims", run=RUN)
+
+    def number(row) -> str:
+        if pd.isna(row.measured):
+            return ""
+        interval = "" if pd.isna(row.low) else f" [{row.low:.3g}, {row.high:.3g}]"
+        return f"{row.measured:.3g}{interval} {row.unit}"
+
+    header = ["group", "claim", "where", "reported", "measured here [95 % interval]", "seeds", "verdict"]
+    rows = (
+        [row.group, row.claim, row.source, str(row.reported), number(row), str(row.seeds), row.verdict]
+        for row in table.itertuples()
+    )
+    return markdown_table(header, ([str(cell).replace("|", "\\|") for cell in row] for row in rows))
+
+
+def theorem() -> str:
+    """Theorem 1 on every layer."""
+    bound = load_table("bound", run=RUN)
+    wide = (bound.upper / bound.lower - 1).max()
+    held = "held for all" if bound.holds.all() else f"FAILED for {(~bound.holds).sum()} of"
+    return (
+        f"Theorem 1 {held} {len(bound)} layers checked ({bound.tokens.sum():,} inputs), with enclosures of the "
+        f"spectral norm at most {100 * wide:.1g} % wide ([`bound.csv`](data/{RUN}/bound.csv))."
+    )
+
+
+def figures() -> str:
+    """Every published figure under its finding."""
+    from s2d.lab.figures.registry import sections  # matplotlib: only for this page
+
+    parts = []
+    for figure in (figure for group in sections().values() for figure in group):
+        tables = [load_table(name, run=RUN) for name in figure.tables]
+        parts.append(f"**{figure.finding(*tables)}**\n\n![{figure.caption}](figures/{RUN}/{figure.name}.png)")
+    return "\n\n".join(parts)
+
+
+COMPUTED: dict[str, Callable[[], str]] = {
+    "fine-tuning": fine_tuning,
+    "points lost": points_lost,
+    "testbed": testbed,
+    "verdicts": verdicts,
+    "claims": claims,
+    "theorem": theorem,
+    "figures": figures,
+}
+"""What can stand in a page, by name."""
+
+
+def fill(text: str) -> str:
+    """A page with every computed part as the tables give it.
+
+    Args:
+        text: the page.
+
+    Raises:
+        ValueError: for an unknown name, or a part without an end.
+    """
+    names = re.findall(r"<!-- computed: ([^>]*?) -->", text)
+    for name in names:
+        if name not in COMPUTED:
+            raise ValueError(f"no computed part {name!r}: there are {', '.join(COMPUTED)}")
+    if len(BLOCK.findall(text)) != len(names):
+        raise ValueError("a computed part has no end: write <!-- end --> after each")
+    return BLOCK.sub(
+        lambda m: f"<!-- computed: {m['name']} -->\n{COMPUTED[m['name']]()}\n<!-- end -->",
+        text,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Rewrite the pages, or check them."""
+    stale = []
+    for name in PAGES:
+        path = repository_root() / name
+        old = path.read_text(encoding="utf-8")
+        new = fill(old)
+        if new != old:
+            stale.append(name)
+            if list(argv) != ["check"]:
+                write_text(path, new)
+                print(f"{name}: rewritten")
+    if list(argv) == ["check"] and stale:
+        print(f"{', '.join(stale)}: not what the tables give; run python -m s2d.lab.pages", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
