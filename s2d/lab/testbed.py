@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from math import inf, log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,8 +162,9 @@ def rows_file(kernel: str, scale: str) -> Path:
     return output_root() / "build" / "testbed" / scale / f"{kernel}.csv"
 
 
+@cache  # what was read when the process began measured its rows, though a file be edited meanwhile
 def code() -> str:
-    """Hash of the code that measures, of everything it imports; comments and docstrings do not count."""
+    """Hash of the code that measures, and of everything it imports; comments and docstrings do not count."""
     return provenance("s2d.lab.testbed", {})["source"]
 
 
