@@ -54,7 +54,7 @@ BITS = ("W4A4", "W3A3")
 QUANTIZERS = ("RTN symmetric", "RTN asymmetric", "RepQ-ViT", "ERQ")
 CELLS = tuple(f"{quantizer} {bits}" for bits in BITS for quantizer in QUANTIZERS)
 """Columns of accuracies at low bits."""
-CALIBRATION_SETS = 2  # of 32 images, for the published methods; the mean of their accuracies is taken
+CALIBRATION_SETS = 1  # of 32 images, for the published methods
 MATCHED_ACCURACY = 0.75  # of validation: late in SGD's training, half-way through AdamW's
 SMOKE = 150  # by how much a trial run is shorter
 
