@@ -53,7 +53,8 @@ test: $(VENV)/installed ## unit tests and doctests, then nbval on every notebook
 	@$(MAKE) --no-print-directory -j$(CORES) notebooks
 
 # What could depend on how a processor rounds, and the settings beside the plain one (native kernels, one thread) of
-# `make test`: torch's kernels (default, avx2, avx512, native) and the number of threads.
+# `make test`: torch's kernels (default, avx2, avx512, native) and the number of threads, which wait without spinning:
+# on a busy machine most of the time would go there.
 NUMERIC := bound cap erq layers outliers pcdr prepare ptq ptq4vit qat quantizers reference regularizer repq_vit \
   rotation smoothquant spectral watch
 KERNELS ?= default-1 default-2 native-2
@@ -65,6 +66,7 @@ test-kernels-%: threads = $(lastword $(subst -, ,$*))
 test-kernels-%: $(VENV)/installed
 	@echo "== the numeric tests with $(kernel) kernels and $(threads) threads"
 	$(if $(filter-out native,$(kernel)),ATEN_CPU_CAPABILITY=$(kernel)) OMP_NUM_THREADS=$(threads) MKL_NUM_THREADS=$(threads) \
+	  OMP_WAIT_POLICY=PASSIVE \
 	  $(PY) -m pytest -n $$(( ($(CORES) + $(threads) - 1) / $(threads) )) --dist loadfile -q $(NUMERIC:%=tests/test_%.py)
 
 notebooks: $(NOTEBOOKS:notebooks/%.ipynb=build/nbval/%) ## nbval on every notebook that changed since it last passed

@@ -176,7 +176,7 @@ def test_a_module_that_is_not_there_is_named(package: Path) -> None:
         closure(["s2d.lab.gone"])
 
 
-@pytest.mark.parametrize("module", ["s2d.lab.results", "s2d.lab.frontier"])
+@pytest.mark.parametrize("module", ["s2d.lab.results", "s2d.lab.evaluate"])
 def test_the_closure_holds_every_module_that_python_loads(module: str) -> None:
     """Against the interpreter; it also runs the packages' own files, which load what nothing here may need."""
     code = f"import sys, {module}; print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 's2d'))"

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from grids import grid_by_hand
 from torch import Tensor, nn
 
-from s2d.ptq import METHODS, coverage, quantize
+from s2d.ptq import METHODS, coverage, quantize, quantize_each
+from s2d.ptq.calibrate import Shared, site_inputs
+from s2d.ptq.prepare import prepare
 from s2d.ptq.sites import QuantizedLinear, mode, products, quantized_layers
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -482,3 +484,90 @@ def test_every_method_names_a_branch_that_calibration_misses(method: str) -> Non
     assert list(quantized_layers(quantized)) == ["expert.0"]
     x[30, 0] = -1e4  # now a later batch reaches it
     assert len(quantized_layers(quantize(model, method=method, w_bits=4, a_bits=4, calibration=x, batch_size=8))) == 2
+
+
+# --- several settings in one go ---
+
+
+def assert_same_model(found: nn.Module, expected: nn.Module, x: Tensor) -> None:
+    assert_same_state(found, snapshot(expected))
+    assert coverage(found) == coverage(expected)
+    assert found.__dict__["s2d_quantization"] == expected.__dict__["s2d_quantization"]
+    assert torch.equal(found(x), expected(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_bit_widths_give_what_separate_calls_give(method: str) -> None:
+    model, images, x = tiny_vit().eval(), data(9, 1, 16, 16, seed=1), data(5, 1, 16, 16, seed=2)
+    settings = [{"method": method, "w_bits": w, "a_bits": a} for w, a in ((8, 8), (4, 4), (3, 16), (3, 3))]
+    copies = quantize_each(model, settings, calibration=images, batch_size=4)
+    for setting, quantized in zip(settings, copies, strict=True):
+        assert_same_model(quantized, quantize(model, calibration=images, batch_size=4, **setting), x)
+
+
+def test_several_methods_and_options_do_not_reach_each_other() -> None:
+    """Nothing that one setting has made or observed ends up in another, whatever their order."""
+    model, images, x = tiny_vit().eval(), data(8, 1, 16, 16, seed=1) * 3, data(5, 1, 16, 16, seed=2)
+    settings = [
+        {"w_bits": 4, "a_bits": 4},
+        {"method": "smoothquant", "alpha": 0.7},
+        {"symmetric": True},
+        {"method": "smoothquant", "alpha": 0.3},
+        {"activations": "per_token"},
+        {"method": "repq_vit", "softmax": "uniform"},
+        {"method": "erq"},
+        {"method": "base_ptq"},
+        {"method": "ptq4vit"},
+        {"method": "ptq4vit", "seed": 1},
+        {"method": "ptq4vit", "likelihood": "categorical"},
+        {"method": "repq_vit"},
+    ]
+    settings = [{"w_bits": 4, "a_bits": 4} | setting for setting in settings]
+    for order in (settings, settings[::-1]):
+        for setting, quantized in zip(order, quantize_each(model, order, calibration=images), strict=True):
+            assert_same_model(quantized, quantize(model, calibration=images, **setting), x)
+            with torch.no_grad():
+                for tensor in [*quantized.parameters(), *quantized.buffers()]:
+                    tensor.fill_(9)
+
+
+def test_several_settings_share_transforms() -> None:
+    model, images, x = tiny_vit().eval(), data(8, 1, 16, 16, seed=1), data(5, 1, 16, 16, seed=2)
+    options = {"calibration": images, "transforms": ("smooth", "rotation"), "exclude": "head"}
+    settings = [{"w_bits": bits, "a_bits": bits} for bits in (8, 3)]
+    with pytest.warns(UserWarning, match="head"):
+        for setting, quantized in zip(settings, quantize_each(model, settings, **options), strict=True):
+            assert_same_model(quantized, quantize(model, **setting, **options), x)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"w_bits": 9, "a_bits": 4}, "^w_bits is 9"),
+        ({"w_bits": 4}, "^a_bits is None"),
+        ({"w_bits": 4, "a_bits": 4, "method": "gptq"}, "unknown method 'gptq'"),
+        ({"w_bits": 4, "a_bits": 4, "method": "erq", "alpha": 1}, "'erq' has no option 'alpha'"),
+    ],
+)
+def test_a_bad_setting_stops_all_before_any_work(setting: dict, message: str) -> None:
+    def forward(_x: Tensor) -> Tensor:
+        raise AssertionError("the model was run")
+
+    model = Mlp()
+    model.forward = forward
+    with pytest.raises(ValueError, match=message):
+        quantize_each(model, [{"w_bits": 4, "a_bits": 4}, setting], calibration=data(8, 6))
+
+
+@pytest.mark.parametrize(("memory", "passes"), [(1e9, 0), (0.0, 2)])
+def test_only_what_one_pass_collects_is_kept(memory: float, passes: int) -> None:
+    """Inputs that take several passes may change between them, and are more than should be held."""
+    x = data(8, 6)
+    first, second = prepare(Mlp().eval(), x), prepare(Mlp().eval(), x)
+    shared, calls = Shared(), []
+    expected = list(site_inputs(first, [x], memory=memory, shared=shared))
+    second.register_forward_hook(lambda *_: calls.append(1))
+    found = list(site_inputs(second, [x], memory=memory, shared=shared))
+    assert len(calls) == passes
+    for a, b in zip(found, expected, strict=True):
+        assert a.site is second.get_submodule(a.site.name) and torch.equal(a.inputs[0], b.inputs[0])

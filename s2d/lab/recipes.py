@@ -19,10 +19,10 @@ EVIDENCE_SEEDS = (2, 3, 4, 5, 6, 7, 8, 9)
 SEEDS = EVIDENCE_SEEDS[:3]
 """The seeds of the walkthrough."""
 ABLATION_SEEDS = EVIDENCE_SEEDS[:5]
-INTERVENTION_SEEDS = EVIDENCE_SEEDS[:5]
+INTERVENTION_SEEDS = EVIDENCE_SEEDS[:3]
 PRETRAIN_STEPS = {"adamw": 3000, "sgd": 5000}
 GROWTH_STEPS = (750, 1500, 3000)  # the same recipe at 1, 2 and 4 times the steps
-INTERVENTION_STEPS = GROWTH_STEPS[1]  # half of the pretraining: there are eight optimizers and five seeds
+INTERVENTION_STEPS = GROWTH_STEPS[1]  # half of the pretraining: there are eight optimizers, three seeds each
 WIDE = 128  # one channel alone can give w channels an excess kurtosis of w - 3: more than 100 needs more than 103
 FINETUNE_STEPS = 600
 
@@ -291,7 +291,7 @@ def laptop_recipes() -> list[Recipe]:
     recipes += [finetuning(variant, seed) for variant in EVIDENCE_VARIANTS for seed in EVIDENCE_SEEDS]
     recipes += [quantization_aware(finetuning(variant, seed), QAT_BITS) for variant in QAT_VARIANTS for seed in SEEDS]
     recipes += [intervention(name, seed) for name in INTERVENTIONS for seed in INTERVENTION_SEEDS]
-    recipes += [pretraining("adamw", seed, width=WIDE) for seed in SEEDS]
+    recipes += [pretraining("adamw", seed, steps=INTERVENTION_STEPS, width=WIDE) for seed in SEEDS]
     settings = [(group, setting) for group in ABLATIONS for setting in ABLATIONS[group]]
     recipes += [ablation(group, setting, seed) for group, setting in settings for seed in ABLATION_SEEDS]
     return list({str(recipe): recipe for recipe in recipes}.values())

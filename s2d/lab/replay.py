@@ -327,7 +327,7 @@ def advice(report: Report, recipes: Sequence[Recipe]) -> str:
     users = {
         name: [recipe for recipe in recipes if name in components(recipe)] for name in report.culprits() or ["loop"]
     }
-    name = min(users, key=lambda name: len(users[name]))
+    name = min(users, key=lambda name: (len(users[name]), name != "loop"))
     entries = [file_name(recipe) for recipe in users[name] if find_file(recipe) is not None]
     listed = "".join(f"\n  {entry}" for entry in entries) or "\n  none is stored here"
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -66,5 +67,8 @@ def finetuning_layers(layers: pd.DataFrame) -> Figure:
         axis.set(xlabel="", ylabel="", title=label)
         axis.set_xticks(range(ffn.layer.nunique()), short_names(ffn.layer.unique()), rotation=60, ha="right")
     axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_locator(mpl.ticker.NullLocator())
     legend_below(figure, axes[0])
     return figure
