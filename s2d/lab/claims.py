@@ -350,14 +350,14 @@ def finetuning_claims(frontier: pd.DataFrame) -> list[dict]:
     """Tables 6, 9 and 11 and full precision, on seeds that nothing was chosen on; "S2D" is Algorithm 1 as printed."""
     wide, lost, reported = _wide(frontier, "accuracy"), _wide(frontier, "points_lost"), _reported()
     full, low = wide.loc["FP", "FP"], wide.loc[METHOD, "W4A4"]
-    further = [bits for bits in ("W5A5", "W6A6") if (METHOD, bits) in wide.index.droplevel("seed")]
 
     def at_further_bits(first: str, second: str) -> str:
         parts = []
-        for bits in further:
-            here = (wide.loc[METHOD, bits][first] - wide.loc[METHOD, bits][second]).mean()
+        for bits in ("W5A5", "W6A6"):
+            known = (METHOD, bits) in wide.index.droplevel("seed")
+            here = _interval(wide.loc[METHOD, bits][first] - wide.loc[METHOD, bits][second]) if known else NOT_MEASURED
             a, b = reported[REFERENCES, first, bits], reported[REFERENCES, second, bits]
-            parts.append(f"{bits}: here {here:+.1f}, paper {a} - {b} = {a - b:+.1f}")
+            parts.append(f"{bits}: here {here}, paper {a} - {b} = {a - b:+.1f}")
         return _listed(parts)
 
     def compared(claim: str, source: str, first: str, second: str) -> dict:
