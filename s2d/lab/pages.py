@@ -57,7 +57,8 @@ def _lost(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> list[str]:
 def fine_tuning() -> str:
     """Accuracy of every arm in full precision and under RTN and ERQ, on the evidence seeds."""
     table = load_table("frontier", run=RUN)
-    cells = [("FP", "FP"), ("RTN", "W4A4"), ("ERQ", "W4A4"), ("RTN", "W3A3"), ("ERQ", "W3A3")]
+    cells = [("FP", "FP")]
+    cells += [(method, bits) for bits in ("W4A4", "W3A3") for method in ("RTN, symmetric", "RepQ-ViT", "ERQ")]
     header = ["fine-tuning", *(" ".join(dict.fromkeys(cell)) for cell in cells)]
     names = list(dict.fromkeys(table.variant))
     return markdown_table(header, ([name, *_accuracies(table[table.variant == name], cells)] for name in names))
@@ -66,7 +67,7 @@ def fine_tuning() -> str:
 def points_lost() -> str:
     """Full precision minus quantized accuracy of every arm, under every quantizer."""
     table = load_table("frontier", run=RUN)
-    wanted = ("RTN", "RTN, asymmetric", "PTQ4ViT", "RepQ-ViT", "ERQ")
+    wanted = ("RTN, symmetric", "RTN, asymmetric", "PTQ4ViT", "RepQ-ViT", "ERQ")
     measured = set(zip(table.method, table.bits, strict=True))
     cells = [(method, bits) for bits in ("W4A4", "W3A3") for method in wanted if (method, bits) in measured]
     header = ["points lost", *(" ".join(reversed(cell)) for cell in cells)]
