@@ -57,7 +57,7 @@ test: $(VENV)/installed ## unit tests and doctests, then nbval on every notebook
 # on a busy machine most of the time would go there.
 NUMERIC := bound cap erq layers outliers pcdr prepare ptq ptq4vit qat quantizers reference regularizer repq_vit \
   rotation smoothquant spectral watch
-KERNELS ?= default-1 default-2 native-2
+KERNELS ?= default-1 native-2
 
 test-kernels: $(KERNELS:%=test-kernels-%) ## the numeric tests on other kernels and threads (KERNELS="avx2-1 native-2")
 
