@@ -100,7 +100,7 @@ def test_the_list_of_figures_is_the_registry(output):
 
 
 def test_a_section_is_drawn_saved_and_shown(output, monkeypatch):
-    shown = []
+    shown, open_before = [], style.mpl.pyplot.get_fignums()
     monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
     written = draw_all("bound", run="laptop")
     names = [figure.name for figure in sections()["bound"]]
@@ -111,11 +111,11 @@ def test_a_section_is_drawn_saved_and_shown(output, monkeypatch):
     finding = shown[0].data
     assert "bound_tightness" in finding and f"Of {len(bound)} layers 0 exceed" in finding
     assert f"{bound.tightness.max():.3f}" in finding
-    assert style.mpl.pyplot.get_fignums() == []
+    assert style.mpl.pyplot.get_fignums() == open_before
 
 
 def test_an_unknown_section_is_named():
-    with pytest.raises(ValueError, match="no section 'spectra': choose one of origins, bound"):
+    with pytest.raises(ValueError, match="no section 'spectra': choose one of testbed, origins, bound"):
         draw_all("spectra", run="laptop")
 
 

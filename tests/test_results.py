@@ -225,7 +225,7 @@ def test_the_source_hash_covers_what_a_table_depends_on(package: Path) -> None:
         "lab/evaluate.py": True,
         "lab/figures/bound.py": False,  # drawings
         "lab/figures/style.py": False,
-        "lab/origins.py": False,  # of other notebooks
+        "lab/claims.py": False,  # of other notebooks
         "ptq/command/run.py": False,
     }.items():
         path = package / name

@@ -140,7 +140,7 @@ def test_a_run_that_is_there_twice_is_refused():
 def test_the_runs_are_those_the_testbed_needs():
     recipes = [r for run in testbed.RUNS if run != "wide" for r in testbed.recipes(run)]
     assert {recipe_key(r) for r in recipes} == {recipe_key(r) for r in named.testbed_recipes()}
-    assert [r.seed for r in testbed.recipes("wide")] == list(named.SEEDS)
+    assert [r.seed for r in testbed.recipes("wide")] == list(named.WIDE_SEEDS)
     with pytest.raises(ValueError, match="unknown run '8x': choose among 4x, SGD"):
         testbed.recipes("8x")
 

@@ -20,6 +20,7 @@ SEEDS = EVIDENCE_SEEDS[:3]
 """The seeds of the walkthrough."""
 ABLATION_SEEDS = EVIDENCE_SEEDS[:5]
 INTERVENTION_SEEDS = EVIDENCE_SEEDS[:3]
+WIDE_SEEDS = EVIDENCE_SEEDS[:1]  # a wide network takes three times as long
 PRETRAIN_STEPS = {"adamw": 3000, "sgd": 5000}
 GROWTH_STEPS = (750, 1500, 3000)  # the same recipe at 1, 2 and 4 times the steps
 INTERVENTION_STEPS = GROWTH_STEPS[1]  # half of the pretraining: there are eight optimizers, three seeds each
@@ -69,7 +70,6 @@ INTERVENTIONS: dict[str, Optimizer] = {
     "AdamW": Optimizer("adamw", **_ADAMW),
     "AdamW, rotated basis": RotatedBasis("adamw", **_ADAMW),
     "AdamW, eps 1e-3": LessAdaptive("adamw", eps=1e-3, **_ADAMW),
-    "AdamW, eps 1e-2": LessAdaptive("adamw", eps=1e-2, **_ADAMW),
     "AdamW, beta2 0.9": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.9)}),
     "AdamW, beta2 0.999": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.999)}),
     "Muon": Orthogonal("adamw", **_ADAMW),
@@ -291,7 +291,7 @@ def laptop_recipes() -> list[Recipe]:
     recipes += [finetuning(variant, seed) for variant in EVIDENCE_VARIANTS for seed in EVIDENCE_SEEDS]
     recipes += [quantization_aware(finetuning(variant, seed), QAT_BITS) for variant in QAT_VARIANTS for seed in SEEDS]
     recipes += [intervention(name, seed) for name in INTERVENTIONS for seed in INTERVENTION_SEEDS]
-    recipes += [pretraining("adamw", seed, steps=INTERVENTION_STEPS, width=WIDE) for seed in SEEDS]
+    recipes += [pretraining("adamw", seed, steps=INTERVENTION_STEPS, width=WIDE) for seed in WIDE_SEEDS]
     settings = [(group, setting) for group in ABLATIONS for setting in ABLATIONS[group]]
     recipes += [ablation(group, setting, seed) for group, setting in settings for seed in ABLATION_SEEDS]
     return list({str(recipe): recipe for recipe in recipes}.values())

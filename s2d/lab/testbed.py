@@ -32,7 +32,15 @@ from s2d.lab.identity import recipe_key
 from s2d.lab.origins import at_accuracy
 from s2d.lab.paths import output_root
 from s2d.lab.quantization import METHOD_CALIBRATION_IMAGES, METHODS, TEST_IMAGES, Subject, over_checkpoints, setting
-from s2d.lab.recipes import EVIDENCE_SEEDS, GROWTH_STEPS, INTERVENTION_STEPS, PRETRAIN_STEPS, SEEDS, WIDE, pretraining
+from s2d.lab.recipes import (
+    EVIDENCE_SEEDS,
+    GROWTH_STEPS,
+    INTERVENTION_STEPS,
+    PRETRAIN_STEPS,
+    WIDE,
+    WIDE_SEEDS,
+    pretraining,
+)
 from s2d.lab.results import provenance, save_table
 from s2d.lab.statistics import paired_interval
 from s2d.lab.store import Trained, find_file, obtain_checkpoints
@@ -64,7 +72,7 @@ def recipes(run: str, seeds: Sequence[int] = EVIDENCE_SEEDS, *, smoke: bool = Fa
 
     Args:
         run: a key of :data:`RUNS`.
-        seeds: one recipe each; of the wide runs only the seeds of the walkthrough (they are long).
+        seeds: one recipe each; of the wide runs only ``WIDE_SEEDS`` (they are long).
         smoke: the same in small, to try the command: a few steps of a tiny network.
 
     Raises:
@@ -79,7 +87,7 @@ def recipes(run: str, seeds: Sequence[int] = EVIDENCE_SEEDS, *, smoke: bool = Fa
     options = dict(RUNS[run])
     if smoke:
         options |= {"steps": options["steps"] // SMOKE, "width": options.get("width", 64) // 4, "depth": 1}
-    return [pretraining(seed=seed, **options) for seed in seeds if run != "wide" or seed in SEEDS]
+    return [pretraining(seed=seed, **options) for seed in seeds if run != "wide" or seed in WIDE_SEEDS]
 
 
 # --- one row a run ----------------------------------------------------------------------------------------------------
