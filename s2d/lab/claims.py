@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from s2d.lab.ablations import BASELINE, REFERENCES, reported_ablations
@@ -234,7 +235,7 @@ def growth_claims(testbed: pd.DataFrame) -> list[dict]:
 def origin_claims(interventions: pd.DataFrame, testbed: pd.DataFrame) -> list[dict]:
     """Appendix C: kurtosis under other optimizers, at the same validation accuracy."""
     runs = _by_run(testbed)
-    adamw, sgd, wide = (runs.xs(run, level="run") for run in ("4x", "SGD", "wide"))
+    adamw, half, sgd, wide = (runs.xs(run, level="run") for run in ("4x", "2x", "SGD", "wide"))
     matched = interventions[interventions.moment == "matched"]
     kurtosis = matched.pivot(index="seed", columns="variant", values="excess_kurtosis")
     ends = interventions[interventions.moment == "end"]
@@ -253,10 +254,12 @@ def origin_claims(interventions: pd.DataFrame, testbed: pd.DataFrame) -> list[di
         _row(
             "AdamW has more excess kurtosis than SGD, at equal accuracy",
             "C [2]",
-            adamw.matched_kurtosis - sgd.matched_kurtosis,
-            unit,
+            _tenfold(half.excess_kurtosis) - _tenfold(sgd.excess_kurtosis),
+            "powers of ten",
             reported="> 100 against substantially lower",
-            details=f"at the end {adamw.excess_kurtosis.mean():.1f} and {sgd.excess_kurtosis.mean():.1f}",
+            details=f"AdamW after half its steps {half.excess_kurtosis.mean():.1f} (accuracy {half.FP.mean():.2f}), "
+            f"SGD {sgd.excess_kurtosis.mean():.1f} ({sgd.FP.mean():.2f}); AdamW at its end "
+            f"{adamw.excess_kurtosis.mean():.1f}",
         ),
         _row(
             f"AdamW's excess kurtosis exceeds {PAPER_KURTOSIS:.0f} (how far above, at width 128)",
@@ -302,6 +305,11 @@ def origin_claims(interventions: pd.DataFrame, testbed: pd.DataFrame) -> list[di
             details=f"AdamW {kurtosis['AdamW'].mean():.1f}, Muon {_column(kurtosis, 'Muon').mean():.1f}",
         ),
     ]
+
+
+def _tenfold(kurtosis: pd.Series) -> pd.Series:
+    """Decimal logarithm: the kurtosis of one seed is many times that of another, so ratios are compared."""
+    return np.log10(kurtosis.clip(lower=0.01))  # what is smaller is a normal distribution's zero, up to the sample
 
 
 def link_claims(correlation: pd.DataFrame) -> list[dict]:
