@@ -597,7 +597,7 @@ def test_obtain_trains_what_is_missing_and_only_that(
     assert_close(got[1].weights, results["sgd"][0])
     expected, history = train(FINETUNE, results["adamw"][0])
     assert_close(got[2].weights, expected)
-    assert [list(row) for row in got[2].history] == [list(row) for row in history]
+    assert [row.keys() for row in got[2].history] == [row.keys() for row in history]
     for row, wanted_row in zip(got[2].history, history, strict=True):
         assert row == pytest.approx(wanted_row, rel=1e-2)
 

@@ -57,8 +57,7 @@ def _lost(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> list[str]:
 def fine_tuning() -> str:
     """Accuracy of every arm in full precision and under RTN and ERQ, on the evidence seeds."""
     table = load_table("frontier", run=RUN)
-    cells = [("FP", "FP")]
-    cells += [(method, bits) for bits in ("W4A4", "W3A3") for method in ("RTN, symmetric", "RepQ-ViT", "ERQ")]
+    cells = [("FP", "FP"), ("RTN, symmetric", "W4A4"), ("ERQ", "W4A4"), ("ERQ", "W3A3")]
     header = ["fine-tuning", *(" ".join(dict.fromkeys(cell)) for cell in cells)]
     names = list(dict.fromkeys(table.variant))
     return markdown_table(header, ([name, *_accuracies(table[table.variant == name], cells)] for name in names))
