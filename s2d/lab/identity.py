@@ -111,9 +111,9 @@ def components(recipe: Any) -> set[str]:
     trained again.
 
     Example:
-        >>> from s2d.lab.recipes import finetuning
-        >>> sorted(c for c in components(finetuning("S2D", seed=0)) if c.startswith("s2d"))[:2]
-        ['s2d', 's2d coefficients=live']
+        >>> from s2d.lab.recipes import pretraining
+        >>> {"loop", "ClutteredDigits", "Optimizer name=sgd"} <= components(pretraining("sgd", seed=0))
+        True
     """
     found = {"loop"}
 
