@@ -80,7 +80,7 @@ def sections() -> dict[str, list[PublishedFigure]]:
 
     Example:
         >>> [figure.name for figure in sections()["bound"]]
-        ['bound_tightness', 'pcdr_layers']
+        ['bound_tightness', 'pcdr_layers', 'pcdr_correlation']
     """
     from s2d.lab.figures import ablations, bound, claims, evidence, finetuning, frontier, origins, ptq, testbed
 
