@@ -19,11 +19,11 @@ EVIDENCE_SEEDS = (2, 3, 4, 5, 6, 7, 8, 9)
 SEEDS = EVIDENCE_SEEDS[:3]
 """The seeds of the walkthrough."""
 ABLATION_SEEDS = EVIDENCE_SEEDS[:5]
-INTERVENTION_SEEDS = EVIDENCE_SEEDS[:3]
-WIDE_SEEDS = EVIDENCE_SEEDS[:1]  # a wide network takes three times as long
-PRETRAIN_STEPS = {"adamw": 3000, "sgd": 5000}
-GROWTH_STEPS = (750, 1500, 3000)  # the same recipe at 1, 2 and 4 times the steps
-INTERVENTION_STEPS = GROWTH_STEPS[1]  # half of the pretraining: there are eight optimizers, three seeds each
+INTERVENTION_SEEDS = EVIDENCE_SEEDS[:5]
+WIDE_SEEDS = EVIDENCE_SEEDS[:3]  # a wide network takes three times as long
+PRETRAIN_STEPS = {"adamw": 4000, "sgd": 6000}
+GROWTH_STEPS = (1000, 2000, 4000)  # the same recipe at 1, 2 and 4 times the steps
+INTERVENTION_STEPS = GROWTH_STEPS[1]  # half of the pretraining: there are eight optimizers, five seeds each
 WIDE = 128  # one channel alone can give w channels an excess kurtosis of w - 3: more than 100 needs more than 103
 FINETUNE_STEPS = 600
 
@@ -57,7 +57,7 @@ _SPECTRAL: dict[str, dict[str, Any]] = {
 }
 FINETUNE_LR = 1e-3
 RECIPE_WEIGHT_DECAY = 0.01
-BATCH_SIZE = 32
+BATCH_SIZE = 64
 CLIP = 1.0
 # Not tuned: half of fine-tuning's learning rate, and steps enough for the loss to settle.
 QAT_LR = 5e-4
@@ -65,15 +65,19 @@ QAT_STEPS = 400
 QAT_BITS = "W3A3"
 QAT_VARIANTS = ("AdamW", "S2D")
 
-_ADAMW = {"lr": 2e-3, "weight_decay": RECIPE_WEIGHT_DECAY, "betas": (0.9, 0.99), "clip": CLIP}
+# Without weight decay: 0.01 takes about half of the kurtosis. A fine-tuning brings its own.
+_ADAMW = {"lr": 2e-3, "weight_decay": 0.0, "betas": (0.9, 0.99), "clip": CLIP}
 INTERVENTIONS: dict[str, Optimizer] = {
     "AdamW": Optimizer("adamw", **_ADAMW),
     "AdamW, rotated basis": RotatedBasis("adamw", **_ADAMW),
+    "AdamW, eps 1e-4": LessAdaptive("adamw", eps=1e-4, **_ADAMW),
     "AdamW, eps 1e-3": LessAdaptive("adamw", eps=1e-3, **_ADAMW),
     "AdamW, beta2 0.9": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.9)}),
     "AdamW, beta2 0.999": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.999)}),
     "Muon": Orthogonal("adamw", **_ADAMW),
-    "SGD": Optimizer("sgd", lr=0.1, weight_decay=0.0, clip=CLIP),
+    # Nearly every gradient is longer than the bound, so a step is as long as the schedule says. With one that follows
+    # the gradient's length, the same network stays at chance for anything from a tenth to a half of the training.
+    "SGD": Optimizer("sgd", lr=1.0, weight_decay=0.0, clip=0.1),
 }
 """What appendix C's references change about the optimizer, by the name it has in tables and figures."""
 
@@ -115,7 +119,7 @@ def pretraining(
         batch_size=BATCH_SIZE,
         data=ClutteredDigits(canvas=canvas),
         model=DigitsViT(image_size=canvas, width=width, depth=depth),
-        measure_every=max(1, steps // 16),
+        measure_every=max(1, steps // 20),
         device=device,
     )
 

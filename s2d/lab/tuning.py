@@ -20,16 +20,16 @@ VALIDATION_IMAGES = 1600
 ALLOWED_LOSS = 0.005  # of full-precision accuracy against AdamW
 LOW_BITS = ("W4A4", "W3A3")
 
-_S2D = ({"lam": 1e-3, "tau": 0.6}, {"lam": 5e-3, "tau": 0.6}, {"lam": 2e-2, "tau": 0.6}, {"lam": 5e-3, "tau": 0.8})
+_S2D = ({"lam": 2e-4, "tau": 0.6}, {"lam": 1e-3, "tau": 0.6}, {"lam": 5e-3, "tau": 0.6}, {"lam": 1e-3, "tau": 0.8})
 GRID: dict[str, tuple[dict[str, float], ...]] = {
     # The learning rate is chosen first, and every other variant uses the winner.
     "AdamW": ({"lr": 5e-4}, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 4e-3}),
-    "AdamW, tuned weight decay": tuple({"weight_decay": wd} for wd in (0.1, 0.3, 0.6, 1.0)),
-    "No PCDR": tuple({"lam": lam} for lam in (2e-4, 1e-3, 5e-3, 2e-2)),
+    "AdamW, tuned weight decay": tuple({"weight_decay": wd} for wd in (0.03, 0.1, 0.3, 1.0)),
+    "No PCDR": tuple({"lam": lam} for lam in (5e-5, 2e-4, 1e-3, 5e-3)),
     "S2D": _S2D,
     "S2D, live": _S2D,
     DECOUPLED: tuple({"lam": lam} for lam in (0.03, 0.1, 0.3, 1.0)),
-    CAP: tuple({"cap": cap} for cap in (1.5, 2.0, 3.0, 4.0)),
+    CAP: tuple({"cap": cap} for cap in (1.0, 1.5, 2.0, 3.0)),
 }
 """Variant to the settings that were tried."""
 SETTING_COLUMNS = ["lr", "weight_decay", "lam", "tau", "cap"]
