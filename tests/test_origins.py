@@ -462,7 +462,7 @@ def test_figures_are_drawn_from_the_tables_alone():
     measured = growth().assign(sigma_1=lambda t: t.sigma_1.abs(), max_abs=lambda t: t.max_abs.abs())
     summary = pd.DataFrame(
         {"steps": n, "seed": seed, "excess_kurtosis": n / 100, "ffn_sigma_1": 2.0, "FP": 0.9, "ERQ W3A3": 0.8}
-        for n in (750, 1500)
+        for n in (1000, 2000)
         for seed in (2, 3)
     )
     widths = origins.width_table(shown, images=4)

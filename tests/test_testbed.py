@@ -52,7 +52,7 @@ def found(table: pd.DataFrame, name: str) -> pd.Series:
         ("ln 10 minus the loss after a tenth of the steps: SGD", "above 0.1", log(10) - 1.0),
         ("points of validation accuracy lost since its best: 4x", "below 2", 1.0),
         ("points of test accuracy, 2x minus SGD", "between -3 and 3", 0.0),
-        ("ten times SGD's: 4x where both first reach 75%", "above 0", 19.0 - 2.5),
+        ("ten times SGD's: 4x where both first reach 90%", "above 0", 19.0 - 2.5),
         ("ten times SGD's: 2x at the end", "above 0", 10.0 - 2.5),
         ("ten times SGD's: 4x at the end", "above 0", 19.0 - 2.5),
         ("excess kurtosis, smaller of the increases", "above 0", 6.0),

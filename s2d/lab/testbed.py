@@ -327,11 +327,11 @@ def _lost_growth(rows: Mapping[str, pd.Series], cell: str) -> float:
 
 
 def _lost_difference(rows: Mapping[str, pd.Series], cell: str) -> float:
-    return points_lost(rows["4x"], cell) - points_lost(rows["SGD"], cell)
+    return points_lost(rows["2x"], cell) - points_lost(rows["SGD"], cell)
 
 
 def _ahead(rows: Mapping[str, pd.Series]) -> float:
-    return 100 * (rows["4x"].FP - rows["SGD"].FP)
+    return 100 * (rows["2x"].FP - rows["SGD"].FP)
 
 
 def _wider(rows: Mapping[str, pd.Series]) -> float:
@@ -351,7 +351,7 @@ FINDINGS = (
     # runs are not asked: the warm-up takes their tenth.
     *(Finding(f"{_TENTH}: {run}", (run,), partial(_early, run=run), above=0.1) for run in ("4x", "SGD")),
     *(Finding(f"{_FALL}: {run}", (run,), partial(_fall, run=run), below=2) for run in (*GROWTH, "SGD")),
-    Finding("points of test accuracy, 4x minus SGD (equal accuracy)", ("4x", "SGD"), _ahead, above=-3, below=3),
+    Finding("points of test accuracy, 2x minus SGD (equal accuracy)", ("2x", "SGD"), _ahead, above=-3, below=3),
     Finding(
         f"{_TEN_TIMES}: 4x where both first reach {MATCHED_ACCURACY:.0%} of validation images",
         ("4x", "SGD"),
@@ -376,7 +376,7 @@ FINDINGS = (
         for cell in CELLS
     ),
     *(
-        Finding(f"points lost, 4x minus SGD: {cell}", ("4x", "SGD"), partial(_lost_difference, cell=cell))
+        Finding(f"points lost, 2x minus SGD: {cell}", ("2x", "SGD"), partial(_lost_difference, cell=cell))
         for cell in CELLS
     ),
     Finding(f"excess kurtosis, width {WIDE} minus width 64", ("wide", "2x"), _wider, above=0),
