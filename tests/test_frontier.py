@@ -29,7 +29,8 @@ from s2d.lab.recipes import EVIDENCE_VARIANTS, finetuning
 from s2d.lab.statistics import points_lost
 from s2d.lab.store import Trained
 from s2d.lab.training import Recipe
-from s2d.lab.tuning import GRID, SETTING_COLUMNS, winners
+from s2d.lab.tuning import GRID
+from s2d.lab.winners import SETTING_COLUMNS, winners
 
 CELLS = [("FP", "FP"), *((m, b) for m in (*ROUNDED_METHODS, *STRONG_METHODS) for b in ("W4A4", "W3A3"))]
 

@@ -32,7 +32,8 @@ from s2d.lab.recipes import (
     pretraining,
 )
 from s2d.lab.results import load_table
-from s2d.lab.tuning import GRID, SETTING_COLUMNS, tuning_runs, winners
+from s2d.lab.tuning import GRID, tuning_runs
+from s2d.lab.winners import SETTING_COLUMNS, winners
 
 
 def test_finetuning_settings_are_the_winners_of_the_tuning_table():

@@ -31,7 +31,7 @@ PAPER_KURTOSIS = 100.0
 PAPER_COSINE = 0.99
 DOSES = {
     "eps": {"1e-8": "AdamW", "1e-3": "AdamW, eps 1e-3"},
-    "beta2": {"0.999": "AdamW, beta2 0.999", "0.99": "AdamW", "0.9": "AdamW, beta2 0.9"},
+    "beta2": {"0.999": "AdamW, beta2 0.999", "0.99": "AdamW, beta2 0.99", "0.9": "AdamW"},
 }
 """Both knobs of AdamW's adaptivity, from the most to the least of it: dose to intervention."""
 TABLE_7 = {

@@ -11,7 +11,7 @@ from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints
 from s2d.lab.quantization import TEST_IMAGES, Subject, logits_of, methods_table, over_checkpoints, quantization_table
 from s2d.lab.statistics import paired_interval, pareto_front, points_lost, verdict
 from s2d.lab.store import Trained
-from s2d.lab.tuning import ALLOWED_LOSS, SETTING_COLUMNS, winners
+from s2d.lab.winners import ALLOWED_LOSS, SETTING_COLUMNS, winners
 from s2d.ptq import parse_bits
 from s2d.ptq.sites import QuantizedProduct, Site, set_mode, sites
 
@@ -187,7 +187,7 @@ def search_points(tuning: pd.DataFrame, column: str = "low_bits") -> pd.DataFram
 
     Returns:
         Columns variant, the settings, full, low, front (whether no other setting is at least as good in both and better
-        in one), chosen (whether it won, see :func:`s2d.lab.tuning.winners`).
+        in one), chosen (whether it won, see :func:`s2d.lab.winners.winners`).
 
     Raises:
         ValueError: for a column that the table does not have.

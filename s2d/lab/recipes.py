@@ -75,8 +75,8 @@ INTERVENTIONS: dict[str, Optimizer] = {
     "AdamW, beta2 0.99": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.99)}),
     "AdamW, beta2 0.999": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.999)}),
     "Muon": Orthogonal("adamw", **_ADAMW),
-    # Nearly every gradient is longer than the bound, so a step is as long as the schedule says. With one that follows
-    # the gradient's length, the same network stays at chance for anything from a tenth to a half of the training.
+    # Nearly every gradient is longer than the bound, so a step is as long as the schedule says. Clipped at 1, with the
+    # same longest step, the network stays at chance for much of its training, how long depends on the seed.
     "SGD": Optimizer("sgd", lr=1.0, weight_decay=0.0, clip=0.1),
 }
 """What appendix C's references change about the optimizer, by the name it has in tables and figures."""

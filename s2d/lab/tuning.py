@@ -15,9 +15,9 @@ from s2d.lab.quantization import methods_table, quantization_table
 from s2d.lab.recipes import CAP, DECOUPLED, TUNING_SEEDS, finetuning
 from s2d.lab.results import provenance, save_table
 from s2d.lab.store import obtain
+from s2d.lab.winners import SETTING_COLUMNS, winners
 
 VALIDATION_IMAGES = 1600
-ALLOWED_LOSS = 0.005  # of full-precision accuracy against AdamW
 LOW_BITS = ("W4A4", "W3A3")
 
 _S2D = ({"lam": 2e-4, "tau": 0.6}, {"lam": 1e-3, "tau": 0.6}, {"lam": 5e-3, "tau": 0.6}, {"lam": 1e-3, "tau": 0.8})
@@ -32,7 +32,6 @@ GRID: dict[str, tuple[dict[str, float], ...]] = {
     CAP: tuple({"cap": cap} for cap in (1.0, 1.5, 2.0, 3.0)),
 }
 """Variant to the settings that were tried."""
-SETTING_COLUMNS = ["lr", "weight_decay", "lam", "tau", "cap"]
 
 
 def tuning_runs() -> list[tuple[str, dict[str, float], int]]:
@@ -65,29 +64,6 @@ def tuning_table() -> pd.DataFrame:
         own = wide.loc[str(index)]
         rows.append(row | {"FP": own.FP} | own[low].to_dict() | {"low_bits": own[low].mean()})
     return pd.DataFrame(rows)
-
-
-def winners(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each variant the setting with the best mean accuracy at low bits among those that keep full precision.
-
-    "Keep" means within half a point of the best AdamW setting in full precision, means over seeds; where no setting
-    does, the one nearest to it wins. AdamW itself is chosen by full precision: it is what everybody starts from.
-
-    Args:
-        table: from :func:`tuning_table`.
-
-    Returns:
-        One row a variant: its setting, FP and low_bits.
-    """
-    means = table.groupby(["variant", *SETTING_COLUMNS], sort=False, dropna=False)[["FP", "low_bits"]].mean()
-    means = means.reset_index()
-    best = means[means.variant == "AdamW"].FP.max()
-    chosen = []
-    for variant, group in means.groupby("variant", sort=False):
-        keeping = group[group.FP >= best - ALLOWED_LOSS]
-        by_full_precision = variant == "AdamW" or keeping.empty
-        chosen.append(group.loc[group.FP.idxmax()] if by_full_precision else keeping.loc[keeping.low_bits.idxmax()])
-    return pd.DataFrame(chosen)
 
 
 if __name__ == "__main__":
