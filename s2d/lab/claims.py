@@ -30,7 +30,7 @@ NO_LOSS = 1.0  # points of accuracy that "without loss" may cost
 PAPER_KURTOSIS = 100.0
 PAPER_COSINE = 0.99
 DOSES = {
-    "eps": {"1e-8": "AdamW", "1e-3": "AdamW, eps 1e-3"},
+    "eps": {"1e-8": "AdamW", "1e-4": "AdamW, eps 1e-4"},
     "beta2": {"0.999": "AdamW, beta2 0.999", "0.99": "AdamW, beta2 0.99", "0.9": "AdamW"},
 }
 """Both knobs of AdamW's adaptivity, from the most to the least of it: dose to intervention."""

@@ -71,7 +71,7 @@ _ADAMW = {"lr": 2e-3, "weight_decay": 0.0, "betas": (0.9, 0.9), "clip": CLIP}
 INTERVENTIONS: dict[str, Optimizer] = {
     "AdamW": Optimizer("adamw", **_ADAMW),
     "AdamW, rotated basis": RotatedBasis("adamw", **_ADAMW),
-    "AdamW, eps 1e-3": LessAdaptive("adamw", eps=1e-3, **_ADAMW),
+    "AdamW, eps 1e-4": LessAdaptive("adamw", eps=1e-4, **_ADAMW),
     "AdamW, beta2 0.99": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.99)}),
     "AdamW, beta2 0.999": Optimizer("adamw", **_ADAMW | {"betas": (0.9, 0.999)}),
     "Muon": Orthogonal("adamw", **_ADAMW),
@@ -137,8 +137,8 @@ def intervention(name: str, seed: int, *, steps: int | None = None, **size) -> R
         ValueError: for an unknown name.
 
     Example:
-        >>> intervention("AdamW, eps 1e-3", seed=0).optimizer.eps
-        0.001
+        >>> intervention("AdamW, eps 1e-4", seed=0).optimizer.eps
+        0.0001
     """
     if name not in INTERVENTIONS:
         raise ValueError(f"unknown intervention {name!r}: choose one of {', '.join(INTERVENTIONS)}")
