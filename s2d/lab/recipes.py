@@ -55,7 +55,7 @@ _SPECTRAL: dict[str, dict[str, Any]] = {
     "S2D, live": _ALGORITHM_1 | {"coefficients": "live"},
     DECOUPLED: {"criterion": "all", "k_max": None, "power": 2, "coefficients": "live", "coupling": "decoupled"},
 }
-FINETUNE_LR = 1e-3
+FINETUNE_LR = 5e-4
 RECIPE_WEIGHT_DECAY = 0.01
 BATCH_SIZE = 64
 FINETUNE_BATCH_SIZE = 32
