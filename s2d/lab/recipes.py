@@ -38,13 +38,13 @@ EVIDENCE_VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", AS_PRINTED
 # The winners of `python -m s2d.lab.tuning` (data/laptop/tuning.csv), checked by tests/test_recipes.py.
 SETTINGS: dict[str, dict[str, float]] = {
     "AdamW": {},
-    "AdamW, tuned weight decay": {"weight_decay": 0.1},
+    "AdamW, tuned weight decay": {"weight_decay": 0.3},
     "No PCDR": {"lam": 2e-4},
     AS_PRINTED: {"lam": 5e-4, "tau": 0.95},  # second-hand; not tuned
     "S2D": {"lam": 1e-3, "tau": 0.6},
-    "S2D, live": {"lam": 1e-3, "tau": 0.6},
+    "S2D, live": {"lam": 5e-3, "tau": 0.6},
     DECOUPLED: {"lam": 0.1},
-    CAP: {"cap": 1.5},
+    CAP: {"cap": 3.0},
 }
 """What each variant changes of AdamW's fine-tuning, beside learning rate and weight decay."""
 _ALGORITHM_1: dict[str, Any] = {"criterion": "activation", "k_max": 3, "power": 2, "coefficients": "cached"}
