@@ -1,6 +1,6 @@
 """How the fine-tuning settings were chosen: every variant at four settings, judged on the validation split alone.
 
-    python -m s2d.lab.tuning        (about twenty minutes on two cores; resumes where it was stopped)
+    python -m s2d.lab.tuning        (half an hour on two cores; resumes where it was stopped)
 
 writes ``data/laptop/tuning.csv`` and prints the winners, which :mod:`s2d.lab.recipes` holds as ``SETTINGS`` and
 ``FINETUNE_LR``. Every variant is given the same number of settings on the same seeds. The test split is not looked at,
