@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 
 from s2d.lab.ablations import BASELINE, REFERENCES, reported_ablations
 from s2d.lab.frontier import MEAN_METHOD, with_means
+from s2d.lab.origins import powers_of_ten
 from s2d.lab.paper import load_paper_table
 from s2d.lab.recipes import AS_PRINTED, EVIDENCE_VARIANTS
 from s2d.lab.staleness import PAPER_MODE
@@ -203,8 +203,8 @@ def growth_claims(testbed: pd.DataFrame) -> list[dict]:
     for column, claim, unit, group in (
         (
             "excess_kurtosis",
-            "outlier severity grows with pretraining (excess kurtosis, 4x less 1x)",
-            "excess kurtosis",
+            "outlier severity grows with pretraining (excess kurtosis, 4x over 1x)",
+            "powers of ten",
             PAPER,
         ),
         ("sigma_1", "the largest sigma_1 of the FFN weights grows with pretraining (4x less 1x)", "sigma_1", OURS),
@@ -215,7 +215,9 @@ def growth_claims(testbed: pd.DataFrame) -> list[dict]:
         details = f"{_named(wide.mean(), '{:.1f}')}; larger each time in {each} of {len(wide)} seeds"
         reported = "intensifies (CLIP, SigLIP, SigLIP2)" if group == PAPER else ""
         source = "abstract" if group == PAPER else "the abstract's growth, in another measure"
-        rows.append(_row(claim, source, wide["4x"] - wide["1x"], unit, group=group, reported=reported, details=details))
+        compared = powers_of_ten(wide) if column == "excess_kurtosis" else wide
+        change = compared["4x"] - compared["1x"]
+        rows.append(_row(claim, source, change, unit, group=group, reported=reported, details=details))
     adamw, sgd = runs.loc["2x"], runs.loc["SGD"]
     each = {column: (adamw[f"lost {column}"] - sgd[f"lost {column}"]).mean() for column in _low_bit_columns(testbed)}
     accuracies = f"full precision {100 * adamw.FP.mean():.1f} and {100 * sgd.FP.mean():.1f}"
@@ -238,24 +240,25 @@ def origin_claims(interventions: pd.DataFrame, testbed: pd.DataFrame) -> list[di
     adamw, half, sgd, wide = (runs.xs(run, level="run") for run in ("4x", "2x", "SGD", "wide"))
     matched = interventions[interventions.moment == "matched"]
     kurtosis = matched.pivot(index="seed", columns="variant", values="excess_kurtosis")
+    powers = powers_of_ten(kurtosis)
     ends = interventions[interventions.moment == "end"]
     accuracy = 100 * ends.pivot(index="seed", columns="variant", values="validation_accuracy")
-    unit, rotated = "excess kurtosis", "AdamW, rotated basis"
+    unit, rotated = "powers of ten", "AdamW, rotated basis"
     falls = {
-        knob: _column(kurtosis, list(doses.values())[0]) - _column(kurtosis, list(doses.values())[-1])
+        knob: _column(powers, list(doses.values())[0]) - _column(powers, list(doses.values())[-1])
         for knob, doses in DOSES.items()
     }
     said = [
         f"{knob}: {_named({dose: _column(kurtosis, name).mean() for dose, name in doses.items()}, '{:.1f}')}, "
-        f"fall {_interval(falls[knob])}"
+        f"fall by powers of ten {_interval(falls[knob])}"
         for knob, doses in DOSES.items()
     ]
     return [
         _row(
             "AdamW has more excess kurtosis than SGD, at equal accuracy",
             "C [2]",
-            _tenfold(half.excess_kurtosis) - _tenfold(sgd.excess_kurtosis),
-            "powers of ten",
+            powers_of_ten(half.excess_kurtosis) - powers_of_ten(sgd.excess_kurtosis),
+            unit,
             reported="> 100 against substantially lower",
             details=f"AdamW after half its steps {half.excess_kurtosis.mean():.1f} (accuracy {half.FP.mean():.2f}), "
             f"SGD {sgd.excess_kurtosis.mean():.1f} ({sgd.FP.mean():.2f}); AdamW at its end "
@@ -265,15 +268,15 @@ def origin_claims(interventions: pd.DataFrame, testbed: pd.DataFrame) -> list[di
             f"AdamW's excess kurtosis exceeds {PAPER_KURTOSIS:.0f} (how far above, at width 128)",
             "C [2]",
             wide.excess_kurtosis - PAPER_KURTOSIS,
-            unit,
+            "excess kurtosis",
             reported="> 100",
             details=f"width 128: {wide.excess_kurtosis.mean():.1f}, where one channel allows 125; "
             f"width 64: {adamw.excess_kurtosis.mean():.1f}",
         ),
         _row(
-            "in a rotated basis the outliers disappear (AdamW's kurtosis less the rotated one's, at equal accuracy)",
+            "in a rotated basis the outliers disappear (AdamW's kurtosis over the rotated one's, at equal accuracy)",
             "C [6]",
-            kurtosis["AdamW"] - kurtosis[rotated],
+            powers["AdamW"] - powers[rotated],
             unit,
             reported="disappear",
             details=f"AdamW {kurtosis['AdamW'].mean():.1f}, rotated {kurtosis[rotated].mean():.1f}",
@@ -299,17 +302,12 @@ def origin_claims(interventions: pd.DataFrame, testbed: pd.DataFrame) -> list[di
         _row(
             "Muon gives less excess kurtosis than AdamW, at equal accuracy",
             "ours",
-            kurtosis["AdamW"] - _column(kurtosis, "Muon"),
+            powers["AdamW"] - _column(powers, "Muon"),
             unit,
             group=OURS,
             details=f"AdamW {kurtosis['AdamW'].mean():.1f}, Muon {_column(kurtosis, 'Muon').mean():.1f}",
         ),
     ]
-
-
-def _tenfold(kurtosis: pd.Series) -> pd.Series:
-    """Decimal logarithm: the kurtosis of one seed is many times that of another, so ratios are compared."""
-    return np.log10(kurtosis.clip(lower=0.01))  # what is smaller is a normal distribution's zero, up to the sample
 
 
 def link_claims(correlation: pd.DataFrame) -> list[dict]:
@@ -442,10 +440,10 @@ def arm_claims(frontier: pd.DataFrame, outliers: pd.DataFrame) -> list[dict]:
     kurtosis = outliers.pivot(index="seed", columns="variant", values="excess_kurtosis")
     rows.append(
         _row(
-            "S2D lowers the residual stream's excess kurtosis (AdamW's less S2D's, after fine-tuning)",
+            "S2D lowers the residual stream's excess kurtosis (AdamW's over S2D's, after fine-tuning)",
             "ours",
-            kurtosis["AdamW"] - kurtosis["S2D"],
-            "excess kurtosis",
+            powers_of_ten(kurtosis["AdamW"]) - powers_of_ten(kurtosis["S2D"]),
+            "powers of ten",
             group=OURS,
             details=_named(kurtosis.mean()[[v for v in EVIDENCE_VARIANTS if v in kurtosis]], "{:.1f}"),
         )

@@ -78,6 +78,19 @@ def _adaptivity(optimizer: Optimizer) -> dict[str, float]:
     return {"eps": getattr(optimizer, "eps", LessAdaptive.eps), "beta2": optimizer.betas[1]}
 
 
+def powers_of_ten(kurtosis: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFrame:
+    """Decimal logarithm of an excess kurtosis: that of one seed is many times another's, so ratios are compared.
+
+    Args:
+        kurtosis: excess kurtoses; what is below 0.01, zero up to the sample, counts as 0.01.
+
+    Example:
+        >>> powers_of_ten(pd.Series([100.0, 0.1, -0.2])).round(3).tolist()
+        [2.0, -1.0, -2.0]
+    """
+    return np.log10(kurtosis.clip(lower=0.01))
+
+
 def matched_table(checkpoints: Checkpoints) -> pd.DataFrame:
     """Outliers of every training run at one common validation accuracy, and at its end.
 
