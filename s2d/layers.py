@@ -57,15 +57,17 @@ class LinearMap:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.module, nn.Module):
             raise ValueError(
-                f"LinearMap was given {self.name!r} and a {type(self.module).__name__}: give a name and the module that "
-                "holds the matrix, as linear_maps(model) does"
+                f"LinearMap was given {self.name!r} and a {type(self.module).__name__}: give a name and the module "
+                "that holds the matrix, as linear_maps(model) does"
             )
         # Not hasattr(), which would compute a parametrized weight.
-        places = (self.module._parameters, vars(self.module), dir(type(self.module)))
-        if not isinstance(self.parameter, str) or not any(self.parameter in place for place in places):
+        names = self.module._parameters.keys() | vars(self.module).keys()
+        if not isinstance(self.parameter, str) or not (
+            self.parameter in names or hasattr(type(self.module), self.parameter)
+        ):
             raise ValueError(
-                f"parameter is {self.parameter!r}, which {type(self.module).__name__} does not have: name the attribute "
-                "that holds the matrix"
+                f"parameter is {self.parameter!r}, which {type(self.module).__name__} does not have: name the "
+                "attribute that holds the matrix"
             )
 
     @property
@@ -376,7 +378,7 @@ def _find(model: nn.Module) -> Iterator[LinearMap]:
 
 
 def _expert_maps(name: str, module: nn.Module) -> Iterator[LinearMap]:
-    """One map for each matrix of a stack of experts, ``(experts, out, in)``, or ``(experts, in, out)`` if it says so."""
+    """One map for each matrix of a stack of experts, ``(experts, out, in)`` or, if it says so, transposed."""
     experts = getattr(module, "num_experts", None)
     for parameter, tensor in module._parameters.items():
         if tensor is None or isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.ndim != 3:
@@ -514,7 +516,7 @@ def _refuse(linear: LinearMap, adapters: tuple[str, ...]) -> None:
     if isinstance(weight, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{layer} has no shape yet: pass one batch through the model first, or {leave_out}")
     if weight.layout is not torch.strided:
-        raise ValueError(f"{layer} has a sparse weight ({weight.layout}): make it dense with to_dense(), or {leave_out}")
+        raise ValueError(f"{layer} has a sparse weight ({weight.layout}): make it dense first, or {leave_out}")
     if not _holds_real_numbers(weight):
         kind = weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
         raise ValueError(

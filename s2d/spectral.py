@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from s2d.checks import check_tensor
 
 FULL_SVD_BELOW = 128  # with fewer rows or columns than this a full SVD costs milliseconds
 KRYLOV_DEPTHS = (3, 4, 8)  # blocks in the Krylov space when convergence is looked at; after the last one it restarts
@@ -66,6 +68,29 @@ def as_matrix(weight: Tensor, name: str = "weight") -> Tensor:
     """
     _check_matrix(weight, name)
     return _finite(weight, name)[0]
+
+
+def check_triplets(triplets: Any, shape: Sequence[int] | None = None, *, name: str = "triplets") -> None:
+    """Raise ValueError unless these are triplets, of a weight of this shape if one is given.
+
+    Example:
+        >>> check_triplets(SingularTriplets(torch.ones(2, 1), torch.ones(1), torch.ones(3, 1)), (2, 3))
+
+    Paper: none.
+    """
+    repair = "give SingularTriplets(u, s, v) with u (out_features, k), s (k,) and v (in_features, k)"
+    if not isinstance(triplets, tuple) or len(triplets) != 3 or not hasattr(triplets, "s"):
+        raise ValueError(f"{name} is a {type(triplets).__name__}: {repair}")
+    for part, ndim in zip(("u", "s", "v"), (2, 1, 2), strict=True):
+        check_tensor(f"{name}.{part}", getattr(triplets, part), repair, ndim=ndim)
+    k = len(triplets.s)
+    given = [tuple(part.shape) for part in triplets]
+    if not k or triplets.u.shape[1] != k or triplets.v.shape[1] != k:
+        raise ValueError(f"{name} has shapes {given}: {repair}")
+    if shape is not None and (len(triplets.u), len(triplets.v)) != tuple(shape):
+        raise ValueError(
+            f"{name} is of a {len(triplets.u)}x{len(triplets.v)} weight, this one is {tuple(shape)}: {repair}"
+        )
 
 
 def _check_matrix(weight: Tensor, name: str = "weight") -> None:

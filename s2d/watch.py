@@ -20,8 +20,8 @@ class OutlierWatch:
     and the second forward pass of activation checkpointing, inside ``backward()``, counts only where the first had no
     gradients. The hooks stay on the modules but do nothing while inactive, so a compiled model has two variants, with
     and without, and does not compile anew; in blocks that are compiled one by one inside activation checkpointing an
-    activation counts twice. A copy of the model (an EMA, a pickle) carries hooks that do nothing, and inside the function
-    transforms of ``torch.func`` they do nothing either: what passes there are no plain activations.
+    activation counts twice. A copy of the model (an EMA, a pickle) carries hooks that do nothing, and inside the
+    function transforms of ``torch.func`` they do nothing either: what passes there are no plain activations.
 
     Args:
         maps: name to the maps that share one weight.
