@@ -26,7 +26,7 @@ CHANGES = 3  # changes of a weight in a row, without a step that we saw, before 
 FRESH = 8  # gradients begun anew in a row before any step, likewise; a GradScaler may skip some steps at first
 WITHOUT = 3  # steps in a row whose gradient arrived and was gone when the step began
 SURVIVED = 0.02  # less than this part of a change left after the step means that it was overwritten
-LOST = 0.01  # a smaller share of entries that moved means that rounding ate the update
+LOST = 0.5  # entries that did not move at first move this much more rarely later if rounding eats their update
 SEARCH_DEPTH, SEARCH_OBJECTS = 8, 100_000  # how far inside an optimizer copies of weights are looked for
 
 # Who is attached to an optimizer, so that a second one of a kind over the same weights is noticed.
@@ -185,8 +185,10 @@ class Standing:
         self.cause = self.repair = ""
         self.lasting: tuple[str, str] | None = None
         self.arrived = 0  # gradients when the last step began
-        self.overwritten = self.lost = 0  # early acts in a row of which the step left nothing
+        self.overwritten = 0  # early acts in a row of which the step left nothing
         self.looks = 0  # acts since the last refresh
+        self.moved = 1.0  # share of the entries of a half-precision weight that moved in the first of them
+        self.stuck: Tensor | None = None  # those that did not move so far
 
     def problem(self, cause: str, repair: str) -> None:
         """Note why the layer is not acted on."""
@@ -349,16 +351,16 @@ class Attachment:
 
     def _warn_of_a_second(self, optimizer: torch.optim.Optimizer) -> None:
         others = _attached.setdefault(optimizer, weakref.WeakSet())
-        mine = {id(standing.weight): name for name, standing in self.standings.items()}
-        for other in others:
-            shared = [mine[id(s.weight)] for s in other.standings.values() if id(s.weight) in mine]
-            if other is not self and other.attached and other.owner == self.owner and shared:
-                warnings.warn(
-                    f"a second {self.owner} is attached to the same optimizer for {len(shared)} layers "
-                    f"({_names(shared)}), so that both act on them: call detach() on the first, or build the optimizer "
-                    "anew where a notebook cell is run again",
-                    stacklevel=4,
-                )
+        same = [other for other in others if other is not self and other.attached and other.owner == self.owner]
+        theirs = {id(standing.weight) for other in same for standing in other.standings.values()}
+        shared = [name for name, standing in self.standings.items() if id(standing.weight) in theirs]
+        if shared:
+            warnings.warn(
+                f"a second {self.owner} is attached to the same optimizer for {len(shared)} layers ({_names(shared)}), "
+                "so that both act on them: call detach() on the first, or build the optimizer anew where a notebook "
+                "cell is run again",
+                stacklevel=4,
+            )
         others.add(self)
 
     def find_owners(self) -> list[str]:
@@ -448,17 +450,23 @@ class Attachment:
         """Look anew at what changes rarely: who owns which weight, whose gradients are counted, what rounding does."""
         for standing in self.standings.values():
             standing.looks = 0
-        strangers = [name for name in self.find_owners() if self.standings[name].weight.grad is not None]
+        self._count_gradients()
+        strangers = [name for name in self.find_owners() if self._is_used(name) and not self.standings[name].cause]
         for name in strangers:
             self.standings[name].problem(
                 "gets a gradient, but none of the attached optimizers steps it",
                 "attach to its optimizer too, or leave it out with exclude=",
             )
         self._warn_of_problems(strangers)
-        self._count_gradients()
+
+    def _is_used(self, name: str) -> bool:
+        weight = self.standings[name].weight
+        return weight.is_leaf and weight.grad is not None
 
     def _count_gradients(self) -> None:
         """A hook on every trained weight that has none yet; those of weights that were replaced are removed."""
+        for standing in self.standings.values():
+            standing.weight = standing.linear.weight
         current = {id(s.weight): s for s in self.standings.values() if _is_leaf(s.weight)}
         for key in self._counters.keys() - current.keys():
             self._counters.pop(key).remove()
@@ -645,24 +653,36 @@ class Attachment:
         return found
 
     def _lost_in_rounding(self) -> list[str]:
-        """Layers of half precision that the optimizer's updates do not reach."""
+        """Layers of half precision whose entries the optimizer's updates do not reach, for the most part.
+
+        Rounding to the nearest never lets an entry move whose update is too small, while random rounding and updates
+        that vary move other entries each time.
+        """
         found = []
         for name, old in self._rounded.items():
             standing = self.standings[name]
-            moved = float((distributed.local(standing.weight.detach()) != old).float().mean()) if old.numel() else 1.0
-            standing.lost = standing.lost + 1 if moved < LOST else 0
-            if standing.lost == 0:
-                standing.lasting = None
-            elif standing.lost >= EARLY:
-                dtype = str(standing.weight.dtype).removeprefix("torch.")
-                standing.lasting = (
-                    f"the optimizer's update is lost in the rounding of its {dtype} weight, and the penalty with it",
-                    "use coupling='decoupled' (whose rounding loses nothing in the mean), or an optimizer with float32 "
-                    "master copies or stochastic rounding",
-                )
-                found.append(name)
+            moved = distributed.local(standing.weight.detach()) != old
+            if standing.looks == 1 or standing.stuck is None:
+                standing.moved, standing.stuck = float(moved.float().mean()), ~moved
+            elif standing.looks < EARLY:
+                standing.stuck &= ~moved
+            else:
+                late = float(moved[standing.stuck].float().mean()) if standing.stuck.any() else 1.0
+                standing.stuck = None
+                lost = standing.moved < LOST and late <= LOST * standing.moved
+                standing.lasting = self._lost(standing) if lost else None
+                found += [name] if lost else []
         self._rounded.clear()
         return found
+
+    @staticmethod
+    def _lost(standing: Standing) -> tuple[str, str]:
+        dtype = str(standing.weight.dtype).removeprefix("torch.")
+        return (
+            f"the optimizer's update is lost in the rounding of its {dtype} weight, and the penalty with it",
+            "use coupling='decoupled' (whose rounding loses nothing in the mean), or an optimizer with float32 master "
+            "copies or stochastic rounding",
+        )
 
     # --- looking at it ----------------------------------------------------------------------------------------------
 

@@ -39,6 +39,9 @@ def resolve_group(process_group: dist.ProcessGroup | str | None) -> dist.Process
         process_group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if process_group is None:
         return None
+    outside = process_group == dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else False
+    if not dist.is_available() or not (outside or isinstance(process_group, dist.ProcessGroup)):
+        raise ValueError(f"process_group is {process_group!r}: give a group, 'world' or None")
     if dist.get_rank(process_group) < 0:
         raise ValueError(
             f"rank {dist.get_rank()} is not in process_group: give each rank the group that it trains its model with"

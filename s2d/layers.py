@@ -69,6 +69,17 @@ class LinearMap:
                 f"parameter is {self.parameter!r}, which {type(self.module).__name__} does not have: name the "
                 "attribute that holds the matrix"
             )
+        numbers = [self.argument, self.index] + list(self.rows if isinstance(self.rows, tuple) else ())
+        whole = all(n is None or (isinstance(n, int) and not isinstance(n, bool) and n >= 0) for n in numbers)
+        rows = self.rows is None or (
+            isinstance(self.rows, tuple) and len(self.rows) == 2 and self.rows[0] < self.rows[1]
+        )
+        if not whole or not rows or not isinstance(self.transposed, bool) or not isinstance(self.keyword, str):
+            raise ValueError(
+                f"LinearMap {self.name!r} has rows {self.rows!r}, transposed {self.transposed!r}, argument "
+                f"{self.argument!r}, keyword {self.keyword!r} and index {self.index!r}: give rows (first, last), a "
+                "bool, a position, a name and a position, as linear_maps(model) does"
+            )
 
     @property
     def weight(self) -> nn.Parameter:

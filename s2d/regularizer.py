@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -72,6 +72,7 @@ def check_strength(lam: Any, power: Any) -> None:
     check_number("power", power, lambda value: value > 0, "it must be positive; 2 is the paper's, 1 is plain L2")
 
 
+@torch.no_grad()
 def add_spectral_penalty_(target: Tensor, triplets: SingularTriplets, coefficients: Tensor, *, scale: float) -> Tensor:
     r"""Add ``scale * U diag(coefficients) V^T`` to a gradient or a weight, in place, without forming it.
 
@@ -97,7 +98,7 @@ def add_spectral_penalty_(target: Tensor, triplets: SingularTriplets, coefficien
     """
     check_tensor("target", target, "give a floating-point matrix (out_features, in_features)", ndim=2)
     check_triplets(triplets, target.shape)
-    check_tensor("coefficients", coefficients, "give one number for each triplet, a tensor (k,)", ndim=1)
+    check_tensor("coefficients", coefficients, "give one number for each triplet, a tensor (k,)", ndim=1, finite=True)
     if len(coefficients) != len(triplets.s):
         raise ValueError(
             f"coefficients holds {len(coefficients)} numbers for {len(triplets.s)} triplets: give one each"
@@ -143,6 +144,10 @@ def penalty_cosine(a: SingularTriplets, b: SingularTriplets, *, power: float = 2
     check_strength(0, power)
     if rank is not None:
         rank = check_count("rank", rank, "give a positive integer, or None for every component")
+        if rank > min(len(a.s), len(b.s)):
+            raise ValueError(
+                f"rank is {rank}, but there are {len(a.s)} and {len(b.s)} triplets: give no more than both"
+            )
     u_a, s_a, v_a = (part[..., :rank].double() for part in a)
     u_b, s_b, v_b = (part[..., :rank].double() for part in b)
     c_a, c_b = s_a**power, s_b**power
@@ -879,12 +884,22 @@ class SelectiveSpectralDecay:
             ValueError: if the state is of other layers, other shapes or another k_max, or holds a rank that a layer
                 cannot have; nothing is changed then.
         """
+        if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
+            raise ValueError(f"the state is a {type(state).__name__}: load the state_dict() of a run, unchanged")
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or not torch.isfinite(value).all():
+                raise ValueError(
+                    f"the state holds no finite tensor as {key!r}: load the state_dict() of a run, unchanged"
+                )
         names = {key.rpartition(".")[0] for key in state if key != "steps"}
         if "steps" not in state or names != set(self._watched):
             strange = sorted(names ^ set(self._watched))[:3]
             raise ValueError(
                 f"the state is of another model or another choice of layers: {', '.join(strange) or 'no steps'}"
             )
+        steps = state["steps"].tolist()
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"the state holds steps {steps!r}: load the state_dict() of a run, unchanged")
         for name in names:
             given = [state[f"{name}.{field}"].shape for field in FIELDS if f"{name}.{field}" in state]
             given = given if not given or f"{name}.spent" in state else given[:-1]
