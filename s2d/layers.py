@@ -202,7 +202,7 @@ def linear_maps(
         blocks = _block_prefixes(model)
         chosen = {name: linear for name, linear in dense.items() if name.startswith(blocks)} or dense
     else:
-        chosen = named | _select(found, include)
+        chosen = _select(found, include) | named
     left_out = {_identity(linear) for linear in _select(found, exclude).values()}
     chosen = {name: linear for name, linear in chosen.items() if _identity(linear) not in left_out}
     if not chosen:

@@ -184,8 +184,11 @@ class _WatchedLayer:
 
     def set(self, triplets: SingularTriplets, pcdr: Tensor, info: Tensor, rank: int) -> None:
         """What a refresh found."""
+        if self.owed is not None:  # along the new components
+            old = self.triplets
+            self.owed = ((triplets.u.T @ old.u) * (triplets.v.T @ old.v)) @ self.owed
         self.triplets, self.pcdr, self.info, self.rank = triplets, pcdr, info, rank
-        self.spent, self.owed, self._factors = torch.zeros_like(pcdr), None, None
+        self.spent, self._factors = torch.zeros_like(pcdr), None
 
 
 class SelectiveSpectralDecay:
@@ -415,7 +418,10 @@ class SelectiveSpectralDecay:
 
     def _waiting(self) -> list[str]:
         """Layers that are trained and wait for a gradient to be refreshed."""
-        return [name for name, w in self._watched.items() if name in self._due and w.linear.weight.requires_grad]
+        return [name for name in self._due and self._watched if name in self._due and self._is_trained(name)]
+
+    def _is_trained(self, name: str) -> bool:
+        return self._watched[name].linear.weight.requires_grad
 
     def _group(self) -> dist.ProcessGroup | None:
         return distributed.resolve_group(self.process_group)
@@ -811,7 +817,12 @@ class SelectiveSpectralDecay:
             >>> decay.health()[0]["acts"]
             True
         """
-        return self._attachment.health(self._why_not)
+        rows = self._attachment.health(self._why_not)
+        unseen = {
+            "cause": "not watched: its input arises inside its module, where criterion='activation' does not see it",
+            "repair": "use criterion='spectral' or 'all'",
+        }
+        return rows + [{"layer": n, "acts": False, "steps": 0, "gradients": 0} | unseen for n in self.unwatched]
 
     def _why_not(self, name: str) -> tuple[str, str]:
         """Why a layer that is in place was not penalised in the last step."""
@@ -919,7 +930,7 @@ class SelectiveSpectralDecay:
                 )
         self._due = {name for name in names if f"{name}.due" in state}
         for name, w in self._watched.items():
-            w.triplets, w.rank = None, 0
+            w.triplets, w.owed, w.rank = None, None, 0
             if f"{name}.u" in state:
                 like = self._empty_result(w)
                 u, s, v, pcdr, info = (

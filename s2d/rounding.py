@@ -32,17 +32,17 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, *, generator: torch.Gene
         >>> abs(rounded.double().mean().item() - 1 - 2.0**-10) < 1e-4
         True
 
-    Paper: none. Method: stochastic rounding by a dither of one unit in the last place.
+    Paper: none. Method: stochastic rounding.
     """
     check_tensor("x", x, "give a floating-point tensor")
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(x)
     least = torch.frexp(torch.tensor(info.smallest_normal)).exponent  # below it the units stay the same
+    # The distance of neighbours in this binade; between a power of two and the next both ends fit.
     unit = torch.ldexp(torch.full_like(x, info.eps), exponent.clamp(min=least.item()) - 1)
-    dither = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) - 0.5
-    dithered = (x + dither * unit).to(dtype)
-    nearest = x.to(dtype)
-    return torch.where(nearest == x, nearest, dithered)
+    below = (x / unit).floor()  # exact, as unit is a power of two
+    chance = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return ((below + (chance < x / unit - below)) * unit).to(dtype)
 
 
 def seeded(device: torch.device, *places: int) -> torch.Generator:

@@ -763,7 +763,8 @@ def test_a_kernel_turned_to_channels_last_after_attach(coefficients: str, coupli
 
 
 def test_function_transforms_of_a_watched_model() -> None:
-    free, net = network(), network()
+    net = network()
+    free = copy.deepcopy(net)
     optimizer = SGD(net.parameters(), lr=LR)
     decay = decayed(net, optimizer, criterion="activation", tau=1e-6)
     x = torch.ones(3, 2, 8)
