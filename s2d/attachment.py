@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -99,9 +100,9 @@ def held(holder: Any, kind: type, *, depth: int = SEARCH_DEPTH) -> Iterator[Any]
 
     Paper: none.
     """
-    queue, known = [(holder, 0)], {id(holder)}
+    queue, known = deque([(holder, 0)]), {id(holder)}
     while queue and len(known) < SEARCH_OBJECTS:
-        entry, level = queue.pop(0)
+        entry, level = queue.popleft()
         if isinstance(entry, kind) and entry is not holder:
             yield entry
         if level == depth:
@@ -573,7 +574,8 @@ class Attachment:
                 "torch.nn.utils.prune.remove or parametrize.remove_parametrizations",
             )
         place = self._places.get(id(linear.module))
-        if place is not None and place.occupant() is not linear.module:
+        direct = place is None or place.parent._modules.get(place.key) is linear.module
+        if not direct and place.occupant() is not linear.module:
             now = type(place.occupant()).__name__
             return (
                 f"was wrapped in or replaced by a {now}",

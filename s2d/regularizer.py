@@ -922,6 +922,12 @@ class SelectiveSpectralDecay:
                     f"layer {name} is {self._watched[name].linear.shape} with k_max={self.k_max} here, but the state "
                     f"has u {tuple(given[0])} and v {tuple(given[2])}"
                 )
+            for field in ("spent", "owed"):
+                if f"{name}.{field}" in state and (not given or state[f"{name}.{field}"].shape != expected[3]):
+                    raise ValueError(
+                        f"the state of layer {name} has {field} {tuple(state[f'{name}.{field}'].shape)} for "
+                        f"{tuple(expected[3])} triplets: load the state_dict() of a run, unchanged"
+                    )
             rank, most = state[f"{name}.rank"].tolist(), len(state[f"{name}.s"]) if given else 0
             if rank not in range(most + 1):
                 raise ValueError(

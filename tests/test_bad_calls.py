@@ -19,7 +19,7 @@ from torch import nn
 import s2d
 from s2d.regularizer import SelectiveSpectralDecay
 
-CALLS = 600
+CALLS = 1500
 # What functions return; nothing is computed from what one puts into them.
 RECORDS = {"ActivationSummary", "BoundCheck", "SolvedTriplets", "SpectralNormBounds", "SingularTriplets"}
 
