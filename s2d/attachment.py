@@ -28,6 +28,7 @@ FRESH = 8  # gradients begun anew in a row before any step, likewise; a GradScal
 WITHOUT = 3  # steps in a row whose gradient arrived and was gone when the step began
 SURVIVED = 0.02  # less than this part of a change left after the step means that it was overwritten
 LOST = 0.5  # entries that did not move at first move this much more rarely later if rounding eats their update
+SAMPLE = 2**14  # entries of a weight that are looked at, about
 SEARCH_DEPTH, SEARCH_OBJECTS = 8, 100_000  # how far inside an optimizer copies of weights are looked for
 
 # Who is attached to an optimizer, so that a second one of a kind over the same weights is noticed.
@@ -610,11 +611,15 @@ class Attachment:
         return self.standings[name].acted <= EARLY
 
     def expect_update(self, name: str) -> None:
-        """The step should move this low-precision weight: look, in the first acts, whether it does."""
+        """The step should move this weight by its gradient: look, in the first acts, whether it does."""
         standing = self.standings[name]
-        moves = self.group_of(standing).get("lr") != 0
-        if standing.looks <= EARLY and moves and is_low_precision(standing.weight) and name not in self._masters:
-            self._rounded[name] = distributed.local(standing.weight.detach()).clone()
+        # At each refresh only where rounding may begin to matter; other weights may rest because training has converged.
+        acts = standing.looks if is_low_precision(standing.weight) else standing.acted
+        if acts > EARLY or name in self._masters or self.group_of(standing).get("lr") == 0:
+            return
+        # A step with a closure may move the weight between its gradients, and not after the last one.
+        if name not in self._rounded and _sample(standing.weight.grad).any():
+            self._rounded[name] = _sample(standing.weight).clone()
 
     def expect_change(self, name: str, before: float, now: float, read: Callable[[], float]) -> None:
         """What was done to a weight should still be there when the step is done.
@@ -655,7 +660,7 @@ class Attachment:
         return found
 
     def _lost_in_rounding(self) -> list[str]:
-        """Layers of half precision whose entries the optimizer's updates do not reach, for the most part.
+        """Layers whose entries the optimizer's updates do not reach, for the most part.
 
         Rounding to the nearest never lets an entry move whose update is too small, while random rounding and updates
         that vary move other entries each time.
@@ -663,7 +668,7 @@ class Attachment:
         found = []
         for name, old in self._rounded.items():
             standing = self.standings[name]
-            moved = distributed.local(standing.weight.detach()) != old
+            moved = _sample(standing.weight) != old
             if standing.looks == 1 or standing.stuck is None:
                 standing.moved, standing.stuck = float(moved.float().mean()), ~moved
             elif standing.looks < EARLY:
@@ -679,6 +684,12 @@ class Attachment:
 
     @staticmethod
     def _lost(standing: Standing) -> tuple[str, str]:
+        if not is_low_precision(standing.weight):
+            return (
+                f"the step of the attached {type(standing.optimizer).__name__} leaves its weight as it was, though its "
+                ".grad is not zero",
+                "attach to the optimizer that steps by .grad, or use coupling='decoupled'",
+            )
         dtype = str(standing.weight.dtype).removeprefix("torch.")
         return (
             f"the optimizer's update is lost in the rounding of its {dtype} weight, and the penalty with it",
@@ -777,6 +788,25 @@ def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
 def _is_leaf(weight: Tensor) -> bool:
     """Whether gradients are added up in this tensor."""
     return weight.requires_grad and weight.is_leaf
+
+
+def along(matrix: Tensor, u: Tensor, v: Tensor) -> float:
+    """``u^T W v`` in float64: a measure of what is done to one component.
+
+    Example:
+        >>> along(torch.eye(2), torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0]))
+        2.0
+
+    Paper: none.
+    """
+    return float(u.double() @ (matrix.detach().double() @ v.double()))
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """The first rows of this rank's part of a tensor."""
+    part = distributed.local(tensor.detach())
+    rows = max(1, SAMPLE // max(1, part[:1].numel()))
+    return part[:rows]
 
 
 def _row(layer: str, acts: bool, steps: int, gradients: int, cause: str, repair: str) -> dict[str, Any]:

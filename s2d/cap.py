@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2d import distributed
-from s2d.attachment import Attachment
+from s2d.attachment import Attachment, along
 from s2d.bound import spectral_norm_bounds
 from s2d.checks import check_count, check_number, check_tensor
 from s2d.layers import LinearMap, Selector, linear_maps
 
+MUCH = 0.05  # part of the cap that no single step is expected to add to a singular value
 SAFE = 1 - 1e-5  # a certified norm under this part of the cap is one that no decomposition would put above it
 
 
@@ -196,6 +197,16 @@ class SpectralNormCap:
             left, right = excess
             part = _subtract_(block.view(weight), left[block.rows], right[:, block.columns])
             block.store(weight, part)
+            self._expect(name, block, weight, left[block.rows], right[:, block.columns])
+
+    def _expect(self, name: str, block: distributed.Block, weight: Tensor, left: Tensor, right: Tensor) -> None:
+        """The next step should not bring back what was cut off (growth brings back less, where it was much)."""
+        size = torch.linalg.vector_norm(left[:, :1]) if left.numel() else 0.0
+        if not self._attachment.is_early(name) or size <= MUCH * self.cap:
+            return
+        u, v = left[:, 0] / size, right[0]
+        now = along(block.view(weight), u, v)
+        self._attachment.expect_change(name, now + float(size), now, lambda: along(block.view(weight), u, v))
 
     def health(self) -> list[dict[str, Any]]:
         """Whether each layer is projected, and why not; the columns are those of ``SelectiveSpectralDecay.health``.

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2d import distributed
-from s2d.attachment import Attachment, check_rate, is_low_precision
+from s2d.attachment import Attachment, along, check_rate, is_low_precision
 from s2d.checks import check_count, check_number, check_tensor
 from s2d.layers import CONVOLUTIONS, LinearMap, Selector, linear_maps, modules_sharing
 from s2d.pcdr import activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
@@ -503,10 +503,10 @@ class SelectiveSpectralDecay:
         if is_low_precision(part):
             wide = _add_low_rank_(part.float(), factors, coefficients, scale)
             part.copy_(round_stochastically(wide, part.dtype, generator=self._random(name, block, part.device)))
-            self._attachment.expect_update(name)
         else:
             _add_low_rank_(part, factors, coefficients, scale)
         block.store(target, part)
+        self._attachment.expect_update(name)
 
     def _take_off(
         self, name: str, watched: _WatchedLayer, s: Tensor, applied: dict[str, tuple[Tensor, Tensor]]
@@ -527,12 +527,12 @@ class SelectiveSpectralDecay:
         elif not block.empty:
             part = block.view(target)
             early = self._attachment.is_early(name)
-            before = _along(part, factors) if early else 0.0
+            before = along(part, u[:, 0], v[:, 0]) if early else 0.0
             _add_low_rank_(part, factors, coefficients, -1.0)
             block.store(target, part)
             if early:
-                now = _along(block.view(target), factors)
-                self._attachment.expect_change(name, before, now, lambda: _along(block.view(target), factors))
+                now = along(block.view(target), u[:, 0], v[:, 0])
+                self._attachment.expect_change(name, before, now, lambda: along(block.view(target), u[:, 0], v[:, 0]))
 
     def _take_off_rounding(
         self, name: str, watched: _WatchedLayer, coefficients: Tensor, applied: dict[str, tuple[Tensor, Tensor]]
@@ -953,8 +953,3 @@ def _without_unseen(maps: dict[str, LinearMap]) -> tuple[dict[str, LinearMap], l
     """The maps whose input is an argument of their module, and the names of the others, unless that is all there is."""
     seen = {name: linear for name, linear in maps.items() if linear.argument is not None}
     return (seen, [name for name in maps if name not in seen]) if seen else (maps, [])
-
-
-def _along(matrix: Tensor, factors: SingularTriplets) -> float:
-    """``u^T W v`` of the first component, in float64: a measure of what decay changes."""
-    return float(factors.u[:, 0].double() @ (matrix.detach().double() @ factors.v[:, 0].double()))

@@ -109,6 +109,7 @@ class OutlierWatch:
                 return
             x, y = seen
         else:
+            x = x if torch.compiler.is_compiling() else _in_dtype_of(linear, x)
             y = x @ linear.matrix().T
         self.rows[name].update(x, y)
 
@@ -118,6 +119,19 @@ class OutlierWatch:
             return id(module) in self._seen
         self._seen.add(id(module))
         return False
+
+
+def _in_dtype_of(linear: LinearMap, x: Tensor) -> Tensor:
+    """The input as a layer that casts it would have it; one that does not cannot be called, and that has to be said."""
+    wanted, autocast = linear.weight.dtype, torch.is_autocast_enabled(x.device.type)
+    if x.dtype == wanted or autocast:
+        return x
+    if type(linear.module).forward is nn.Linear.forward:
+        raise ValueError(
+            f"layer {linear.name or 'Linear'} has {wanted} weights and is given {x.dtype}: cast the input or the "
+            "model, or train under torch.autocast"
+        )
+    return x.to(wanted)
 
 
 def in_function_transform() -> bool:

@@ -18,7 +18,7 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from s2d import SelectiveSpectralDecay, SpectralNormCap, linear_maps
+from s2d import SelectiveSpectralDecay, SpectralNormCap, check_bound, linear_maps
 from s2d.attachment import find_masters, unwrap_optimizer
 from s2d.layers import bare_matrices
 from s2d.rounding import round_stochastically, seeded
@@ -400,6 +400,48 @@ def test_a_change_that_is_overwritten_is_named(heard: list) -> None:
     decay = decayed(net, optimizer, coupling="decoupled")
     train(net, optimizer)
     assert_named(decay, heard, ["0", "2", "4"], "overwrites its weight in each step", "coupling='gradient'")
+
+
+def test_a_cut_that_is_overwritten_is_named(heard: list) -> None:
+    net = network()
+    optimizer = Masters(net.parameters(), where="attribute")
+    cap = SpectralNormCap(net, cap=2.0, every=2)
+    cap.attach(optimizer)
+    train(net, optimizer, 9)
+    assert_named(cap, heard, ["0", "2", "4"], "overwrites its weight in each step", "give the weights themselves")
+
+
+class Buffered(torch.optim.Optimizer):
+    """Collects gradients as they arrive, and steps by those."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": LR})
+        self.seen: dict[Tensor, Tensor] = {}
+        for weight in self.param_groups[0]["params"]:
+            weight.register_hook(lambda grad, weight=weight: self.seen.__setitem__(weight, grad.clone()))
+
+    def step(self, closure: Any = None) -> None:
+        for weight, grad in self.seen.items():
+            weight.data.add_(grad, alpha=-LR)
+
+
+def test_an_optimizer_that_does_not_read_the_gradient_is_named(heard: list) -> None:
+    net = network()
+    optimizer = Buffered(net.parameters())
+    decay = decayed(net, optimizer)
+    train(net, optimizer, 20)
+    assert decay.steps == 20 and norms(net) == pytest.approx([START] * 3)
+    assert_named(decay, heard, ["0", "2", "4"], "leaves its weight as it was", "coupling='decoupled'")
+
+
+def test_a_weight_that_is_taken_out_of_the_optimizer_is_named(heard: list) -> None:
+    net = network()
+    optimizer = SGD(net.parameters(), lr=LR)
+    decay = decayed(net, optimizer)
+    train(net, optimizer, 2)
+    optimizer.param_groups[0]["params"] = [p for p in net.parameters() if p is not net[2].weight]
+    train(net, optimizer, 3)
+    assert_named(decay, heard, ["2"], "is gone from the optimizer", "build the optimizer from model.parameters() anew")
 
 
 def test_a_moment_of_zeros_is_no_master_copy() -> None:
@@ -806,6 +848,46 @@ def test_weights_without_values_and_sparse_ones() -> None:
     for kind in (lambda net: SelectiveSpectralDecay(net), lambda net: SpectralNormCap(net, cap=1.0)):
         with pytest.raises(ValueError, match="layer 1 has a sparse weight .*make it dense"):
             kind(sparse)
+
+
+def test_half_precision_weights_given_other_data() -> None:
+    net = network(torch.bfloat16)
+    decay = SelectiveSpectralDecay(net)
+    decay.attach(SGD(net.parameters(), lr=LR))
+    with pytest.raises(ValueError, match="layer 0 has torch.bfloat16 weights and is given torch.float32: cast"):
+        net(torch.ones(2, 8))
+    with pytest.raises(ValueError, match=r"\(torch.bfloat16\) cannot be called with this batch"):
+        check_bound(network(torch.bfloat16), torch.ones(2, 8))
+
+
+@pytest.fixture
+def one_process(tmp_path: Any) -> Iterator[None]:
+    """A process group of this process alone, on the CPU."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharded_weights(dtype: torch.dtype, one_process: None, heard: list) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    ends = []
+    for sharded in (False, True):
+        net = network(dtype)
+        if sharded:
+            mesh = torch.distributed.init_device_mesh("cpu", (1,))
+            fully_shard(net, mesh=mesh)
+        optimizer = SGD(net.parameters(), lr=LR)
+        decay = decayed(net, optimizer, coupling="decoupled")
+        cap = SpectralNormCap(net, cap=2.8, every=5)
+        cap.attach(optimizer)
+        train(net, optimizer, 6)
+        assert all(row["acts"] for row in decay.health() + cap.health())
+        ends.append([getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in net.parameters()])
+    for whole, shards in zip(*ends, strict=True):
+        torch.testing.assert_close(shards, whole, rtol=1e-6, atol=1e-6)
+    assert said(heard) == []
 
 
 # --- the cap shares it all --------------------------------------------------------------------------------------------
