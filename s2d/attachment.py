@@ -262,7 +262,7 @@ class Attachment:
         self._changed: dict[str, tuple[float, float, Callable[[], float]]] = {}
         self._by_weight: dict[int, list[Standing]] = {}
         self._said: set[tuple[str, str]] = set()
-        self._answered = False  # whether a step of ours was ever run
+        self._answered: set[int] = set()  # optimizers whose step ran since attaching
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class Attachment:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
             self._warn_of_a_second(optimizer)
-        self._answered = False
+        self._answered.clear()
         self._count_gradients()
 
     def detach(self) -> None:
@@ -438,7 +438,7 @@ class Attachment:
         """A step has its gradient: look whether all is in place, then let the owner act."""
         if _is_skipped(optimizer):  # the optimizer will skip this step, and so do we
             return
-        self._answered = True
+        self._answered.add(id(optimizer))
         probe = self._probes.get(id(optimizer))
         if probe is not None:
             probe.changes = probe.fresh = 0
@@ -512,8 +512,9 @@ class Attachment:
             before = probe.gradient
             probe.fresh += before is not None and (begun[0] != before[0] or begun[1] != before[1] + 1)
             probe.gradient = begun
-        if probe.changes >= CHANGES or (not self._answered and probe.fresh >= FRESH):
-            self._unanswered(probe.standing.optimizer)
+        optimizer = probe.standing.optimizer
+        if probe.changes >= CHANGES or (id(optimizer) not in self._answered and probe.fresh >= FRESH):
+            self._unanswered(optimizer)
 
     def _unanswered(self, optimizer: torch.optim.Optimizer) -> None:
         names = [name for name, standing in self.standings.items() if standing.optimizer is optimizer]
@@ -613,7 +614,7 @@ class Attachment:
     def expect_update(self, name: str) -> None:
         """The step should move this weight by its gradient: look, in the first acts, whether it does."""
         standing = self.standings[name]
-        # At each refresh only where rounding may begin to matter; other weights may rest because training has converged.
+        # At each refresh only where rounding may begin to matter; others may rest because training has converged.
         acts = standing.looks if is_low_precision(standing.weight) else standing.acted
         if acts > EARLY or name in self._masters or self.group_of(standing).get("lr") == 0:
             return
