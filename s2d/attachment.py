@@ -172,7 +172,8 @@ class Standing:
         optimizer: who steps it, or None.
         gradients: how many backward passes reached it.
         acted: in how many steps it was acted on.
-        current: whether it was in the last step of its optimizer.
+        current: whether it was in the last step of its optimizer, or the last in which the owner acts.
+        noted: whether it was in this step.
         missing: steps in a row whose gradient was gone when they began.
         cause, repair: why it is not acted on and what to do, or empty.
         lasting: cause and repair of what shows only after some steps, until it is seen to be gone.
@@ -183,7 +184,7 @@ class Standing:
         self.weight: Tensor | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.gradients = self.acted = self.missing = 0
-        self.current = False
+        self.current = self.noted = False
         self.cause = self.repair = ""
         self.lasting: tuple[str, str] | None = None
         self.arrived = 0  # gradients when the last step began
@@ -218,6 +219,7 @@ class Attachment:
         after: called with the optimizer when its step is done.
         around_closure: called before a closure runs, with whether that is the first time in its step; returns what is
             called when it is done.
+        occasional: whether the owner acts in some steps only.
 
     Attributes:
         optimizers: those attached to, unwrapped.
@@ -246,8 +248,9 @@ class Attachment:
         before: Callable[[torch.optim.Optimizer, bool], None] | None = None,
         after: Callable[[torch.optim.Optimizer], None] | None = None,
         around_closure: Callable[[bool], Callable[[], None]] | None = None,
+        occasional: bool = False,
     ) -> None:
-        self.owner, self.model = owner, model
+        self.owner, self.model, self._occasional = owner, model, occasional
         self.standings = {name: Standing(linear) for name, linear in layers.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
         self._before, self._after, self._around_closure = before, after, around_closure
@@ -421,6 +424,7 @@ class Attachment:
         if _is_skipped(optimizer):
             return
         self._look_back()
+        self._look_for_masters(optimizer)  # what a step has just made, and not yet made differ from the weight
         if self._after is not None:
             self._after(optimizer)
 
@@ -536,7 +540,8 @@ class Attachment:
                 continue
             trouble = self._trouble(standing, groups)
             standing.problem(*(trouble or standing.lasting or ("", "")))
-            standing.current = standing.current and not first and trouble is None
+            standing.noted = standing.noted and not first
+            standing.current = standing.current and trouble is None and (self._occasional or standing.noted)
             if trouble:
                 troubled.append(name)
             else:
@@ -602,10 +607,10 @@ class Attachment:
     def note(self, name: str) -> None:
         """The owner acts on a layer in this step."""
         standing = self.standings[name]
-        if not standing.current:  # a closure may run several times in one step
+        if not standing.noted:  # a closure may run several times in one step
             standing.acted += 1
             standing.looks += 1
-            standing.current = True
+        standing.noted = standing.current = True
 
     def is_early(self, name: str) -> bool:
         """Whether this is one of the first acts on a layer, whose outcome is looked at."""

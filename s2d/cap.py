@@ -144,7 +144,7 @@ class SpectralNormCap:
         self._attachment.detach()
 
     def _new_attachment(self) -> Attachment:
-        return Attachment(type(self).__name__, self._model, self.layers, after=self._after_step)
+        return Attachment(type(self).__name__, self._model, self.layers, after=self._after_step, occasional=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: everything but the hooks, which belong to these very objects."""
