@@ -733,7 +733,7 @@ def test_hooks_go_after_success_and_after_an_error_of_the_model() -> None:
     model = TwoLayers()
     check_bound(model, torch.ones(2, 4))
     assert hooks_of(model) == 0
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="cannot be called with this batch: RuntimeError"):
         check_bound(model, torch.ones(2, 5))
     assert hooks_of(model) == 0
 
