@@ -591,13 +591,12 @@ class SelectiveSpectralDecay:
             ValueError: if a weight is not finite, or was parametrized or pruned since.
             RuntimeError: if the activation criterion has seen no forward pass to look at, or another rank failed.
         """
-        self._due = set(self._watched)
         self._refresh([True] * len(self._watched), by_hand=True)
 
     def _refresh(self, active: list[bool], *, by_hand: bool = False) -> None:
         """Refresh the due layers that are active on any rank; the others are not penalised until they are."""
         began = time.perf_counter()
-        group, everything = self._group(), len(self._due) == len(self._watched)
+        group, everything = self._group(), by_hand or len(self._due) == len(self._watched)
         active = distributed.any_rank(active, self._device(), group)
         chosen = {name: w for (name, w), on in zip(self._watched.items(), active, strict=True) if on}
         for name in self._due - chosen.keys():
@@ -627,6 +626,7 @@ class SelectiveSpectralDecay:
         unseen = [name for name in chosen if not len(self._watch.rows[name])]
         grads = [self._watched[name].linear.weight.grad for name in unseen]
         used = [grad is not None and bool(distributed.local(grad).any()) for grad in grads]
+        used = [self._watch.was_called(name) or on for name, on in zip(unseen, used, strict=True)]
         used = dict(zip(unseen, distributed.any_rank(used, self._device(), group), strict=True))
         for name, on in used.items():
             self._watched[name].rank *= on

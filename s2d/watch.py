@@ -98,6 +98,10 @@ class OutlierWatch:
         for rows in self.rows.values():
             rows.clear()
 
+    def was_called(self, name: str) -> bool:
+        """Whether a forward pass came to a map since :meth:`start`, whatever it brought; not known of compiled code."""
+        return any(id(linear.module) in self._seen for linear in self.maps[name])
+
     @torch.no_grad()
     def see(self, name: str, linear: LinearMap, x: Tensor) -> None:
         """Merge the input of one forward pass; the output without bias is computed here."""

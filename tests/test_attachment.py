@@ -35,6 +35,7 @@ def network(dtype: torch.dtype = torch.float32, width: int = 16) -> nn.Sequentia
     for layer in net[::2]:
         layer.weight.data = torch.randn(layer.weight.shape, generator=generator)
         layer.weight.data *= START / torch.linalg.matrix_norm(layer.weight.data, 2)
+        layer.bias.data.zero_()
     return net.to(dtype)
 
 
