@@ -163,9 +163,10 @@ class SpectralNormCap:
         raise ValueError("copy.copy() would act twice on the same weights: use copy.deepcopy((model, optimizer, cap))")
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.steps += optimizer is self._attachment.optimizers[0]
+        leads = optimizer is self._attachment.optimizers[0]
+        self.steps += leads
         if self.steps and self.steps % self.every == 0:
-            if self.steps == self.every:
+            if leads:
                 self._attachment.refresh()
             self._project([n for n, s in self._attachment.standings.items() if s.optimizer is optimizer])
 
