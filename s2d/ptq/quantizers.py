@@ -347,6 +347,9 @@ class Quantizer(nn.Module, ABC):
         for name in self._buffers.keys() - self._non_persistent_buffers_set:
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        for name in self._non_persistent_buffers_set:
+            if self._buffers[name] is not None and self._buffers[name].is_meta:
+                setattr(self, name, None)  # what was observed is of no use without its values
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -7,6 +7,7 @@ the module that calls it; results carry a mark of where they came from.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ _SHAPES = {
 _PICKS = {
     "roll", "flip", "index_select", "select", "narrow", "__getitem__", "transpose", "permute", "movedim", "swapaxes",
 }  # fmt: skip
+
 
 @dataclass
 class Origin:
@@ -360,12 +362,24 @@ def trace(model: nn.Module, batches: list) -> tuple[Trace, list[Tensor]]:
     return watcher.finish(model, outputs), expected
 
 
+class _FastPath:
+    """Torch's switch is one for all threads: off while anyone wants it off, then as it was."""
+
+    lock, wanted_off, before = threading.Lock(), 0, True
+
+
 @contextmanager
 def regular_attention() -> Iterator[None]:
     """Switch off torch's fused path of ``nn.MultiheadAttention`` in evaluation, whose sums come in another order."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _FastPath.lock:
+        if _FastPath.wanted_off == 0:
+            _FastPath.before = torch.backends.mha.get_fastpath_enabled()
+        _FastPath.wanted_off += 1
+        torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _FastPath.lock:
+            _FastPath.wanted_off -= 1
+            if _FastPath.wanted_off == 0:
+                torch.backends.mha.set_fastpath_enabled(_FastPath.before)

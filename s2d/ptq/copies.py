@@ -1,0 +1,86 @@
+"""An independent copy of any model: compiled, pruned, patched on the instance, or holding tensors of a graph."""
+
+from __future__ import annotations
+
+import copy
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class _Detaching(TorchFunctionMode):
+    """Copies a tensor that is the result of a computation, which torch refuses, as its values."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return function(*args, **(kwargs or {}))
+
+
+def independent_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares nothing with it, compiled modules replaced by what they were compiled from.
+
+    A ``forward`` that was set on an instance is the copy's own, also where it is a function around the old one, as
+    accelerate's is; tensors that a computation left behind (a pruned weight) become plain ones.
+
+    Args:
+        model: left untouched.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = nn.utils.prune.l1_unstructured(layer, "weight", amount=1)  # its weight is a computed tensor now
+        >>> bool((independent_copy(layer).weight == layer.weight).all())
+        True
+
+    Paper: none.
+    """
+    memo: dict[int, Any] = {}
+    with _Detaching():
+        for module in reversed(list(model.modules())):  # the inner ones first, before what holds them is copied
+            if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+                memo[id(module)] = copy.deepcopy(_uncompiled(module), memo)
+        copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        module._compiled_call_impl = None  # of module.compile()
+        for name in ("forward", "_old_forward"):
+            if name in module.__dict__:
+                module.__dict__[name] = _rebound(module.__dict__[name], memo)
+        _without_device_hook(module)
+    return copied
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    while isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        module = module._orig_mod
+    return module
+
+
+def _rebound(function: Any, memo: dict[int, Any]) -> Any:
+    """A function that speaks of the copies where it closed over modules; ``copy.deepcopy`` leaves functions alone."""
+    if not isinstance(function, FunctionType) or function.__closure__ is None:
+        return function
+    if id(function) not in memo:
+        cells = [CellType() for _ in function.__closure__]
+        new = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+        )
+        new.__kwdefaults__, new.__dict__ = function.__kwdefaults__, dict(function.__dict__)
+        memo[id(function)] = new  # before its cells: a function may close over itself
+        for cell, old in zip(cells, function.__closure__, strict=True):
+            found = _rebound(old.cell_contents, memo)
+            moved = isinstance(found, (nn.Module, MethodType))
+            cell.cell_contents = copy.deepcopy(found, memo) if moved else found
+    return memo[id(function)]
+
+
+def _without_device_hook(module: nn.Module) -> None:
+    """Give back the class's forward where accelerate's hook that only moves tensors between devices is around it."""
+    old, hook = module.__dict__.get("_old_forward"), module.__dict__.get("_hf_hook")
+    if type(hook).__name__ == "AlignDevicesHook" and getattr(old, "__func__", None) is type(module).forward:
+        for name in ("forward", "_old_forward", "_hf_hook"):
+            module.__dict__.pop(name, None)
