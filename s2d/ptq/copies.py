@@ -46,7 +46,8 @@ def independent_copy(model: nn.Module) -> nn.Module:
                 memo[id(module)] = copy.deepcopy(_uncompiled(module), memo)
         copied = copy.deepcopy(model, memo)
     for module in copied.modules():
-        module._compiled_call_impl = None  # of module.compile()
+        if getattr(module, "_compiled_call_impl", None) is not None:  # of module.compile()
+            module._compiled_call_impl = None
         for name in ("forward", "_old_forward"):
             if name in module.__dict__:
                 module.__dict__[name] = _rebound(module.__dict__[name], memo)

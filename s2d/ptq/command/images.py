@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from s2d.packages import need
 
@@ -44,7 +47,10 @@ def read_image(file: Path, mode: str) -> Any:
     """
     image_module, ops = need("PIL.Image", "an image"), need("PIL.ImageOps", "an image")
     try:
-        with image_module.open(file) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", image_module.DecompressionBombWarning)  # an error, below
+            image = image_module.open(file)
+        with image:
             width, height = image.size
             limit = image_module.MAX_IMAGE_PIXELS
             if limit is not None and width * height > limit:
@@ -62,10 +68,14 @@ def _eight_bits(image: Any) -> Any:
     numbers = image if image.mode == "F" else image.convert("I")  # of either byte order
     low, high = numbers.getextrema()
     top = 1 if image.mode == "F" else 65535
-    if not 0 <= low <= high <= top:  # NaN is none of these either
+    if image.mode == "F" and not torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).isfinite().all():
+        raise ValueError("it holds NaN or infinity")
+    if not 0 <= low <= high <= top:
         raise ValueError(f"it holds numbers from {low} to {high} instead of 0 to {top}: scale it to 8 bits")
     # Pillow cuts off the fraction.
-    return numbers.convert("F").point(lambda value: value * (255 / top) + 0.5).convert("L")
+    scaled = numbers.convert("F").point(lambda value: value * (255 / top) + 0.5).convert("L")
+    scaled.info.pop("transparency", None)  # a grey value of 16 bits, which is none of these
+    return scaled
 
 
 def _flat(image_module: Any, image: Any) -> Any:
