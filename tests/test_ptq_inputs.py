@@ -179,11 +179,11 @@ def test_grids_by_head_follow_the_form_in_which_heads_come() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_calibration_batches_may_differ_in_length_and_size(method: str) -> None:
     model = Attention().eval()
-    batches = [data(4, 6, 16), data(2, 9, 16, seed=1), data(1, 1, 16, seed=2)]
+    batches = [data(8, 3, 16), data(4, 6, 16, seed=3), data(2, 9, 16, seed=1), data(1, 1, 16, seed=2)]
     quantized = quantize(model, method=method, w_bits=8, a_bits=8, calibration=batches)
-    for x in (data(3, 2, 16, seed=5), data(1, 12, 16, seed=6)):
+    for x in (data(3, 4, 16, seed=5), data(1, 12, 16, seed=6)):
         with torch.no_grad():
-            assert error(quantized(x), model(x)) < 5e-3
+            assert error(quantized(x), model(x)) < 2e-2
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3"])
@@ -334,7 +334,7 @@ def test_products_of_modules_inside_an_attention_are_not_its_own() -> None:
             return self.out((self.scores(q, k) + self.positions(q, len(x) == 1)).softmax(-1) @ v)
 
     model, x = Relative().eval(), data(4, 6, 16)
-    with pytest.warns(UserWarning, match="matmul with positions.table, called directly by positions"):
+    with pytest.warns(UserWarning, match=r"no attention, in positions \(Positions\)"):
         quantized = quantize(model, w_bits=8, a_bits=8, calibration=x)
     assert [site.kind for site in products(quantized).values()] == ["qk", "pv"]
     for test in (x, x[:1]):
@@ -373,12 +373,14 @@ def test_a_forward_of_an_instance_is_followed(patch: str) -> None:
     PATCHES[patch](model[0])
     quantized = quantize(model, w_bits=8, a_bits=8, calibration=x)
     assert [site.kind for site in products(quantized).values()] == ["qk", "pv"]
+    again = copy.deepcopy(quantized)
     with torch.no_grad():
-        expected = model(x)
-        assert 0 < error(quantized(x), expected) < 1e-2
+        expected, rounded = model(x), quantized(x)
+        assert 0 < error(rounded, expected) < 1e-2
         for parameter in quantized.parameters():
             parameter.zero_()
-        assert torch.equal(model(x), expected) and not quantized(x).any()  # each runs its own weights
+        # Each runs its own weights.
+        assert torch.equal(model(x), expected) and torch.equal(again(x), rounded) and not quantized(x).any()
 
 
 def test_a_layer_with_a_forward_of_its_instance_is_named() -> None:

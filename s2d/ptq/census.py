@@ -81,9 +81,9 @@ class Census(TorchDispatchMode):
         finally:
             self._function = before
 
-    def weights_in(self, tensor: Tensor) -> list[str]:
-        """The parameters and buffers that a tensor was made of alone; none if the input has a part in it."""
-        return _weights(self._source(tensor))
+    def parameters_in(self, tensor: Tensor) -> list[str]:
+        """The parameters that a tensor was made of; none if the input has a part in it."""
+        return [name for name in _weights(self._source(tensor)) if name in self._parameters]
 
     # --- what a tensor was made of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -50,7 +51,7 @@ def independent_copy(model: nn.Module) -> nn.Module:
             module._compiled_call_impl = None
         for name in ("forward", "_old_forward"):
             if name in module.__dict__:
-                module.__dict__[name] = _rebound(module.__dict__[name], memo)
+                module.__dict__[name] = copied_function(module.__dict__[name], memo)
         _without_device_hook(module)
     return copied
 
@@ -61,9 +62,25 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def _rebound(function: Any, memo: dict[int, Any]) -> Any:
-    """A function that speaks of the copies where it closed over modules; ``copy.deepcopy`` leaves functions alone."""
-    if not isinstance(function, FunctionType) or function.__closure__ is None:
+def copied_function(function: Any, memo: dict[int, Any]) -> Any:
+    """A copy that speaks of the copies of the modules it closed over; ``copy.deepcopy`` leaves functions as they are.
+
+    Args:
+        function: any callable, left untouched.
+        memo: of the copy that is being made, as ``copy.deepcopy`` has it.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> def around(x):
+        ...     return layer(x)
+        >>> copied_function(around, {}) is around  # at the top level of a file there is nothing to close over
+        True
+
+    Paper: none.
+    """
+    if not isinstance(function, FunctionType):
+        return copy.deepcopy(function, memo)
+    if function.__closure__ is None:
         return function
     if id(function) not in memo:
         cells = [CellType() for _ in function.__closure__]
@@ -73,9 +90,9 @@ def _rebound(function: Any, memo: dict[int, Any]) -> Any:
         new.__kwdefaults__, new.__dict__ = function.__kwdefaults__, dict(function.__dict__)
         memo[id(function)] = new  # before its cells: a function may close over itself
         for cell, old in zip(cells, function.__closure__, strict=True):
-            found = _rebound(old.cell_contents, memo)
-            moved = isinstance(found, (nn.Module, MethodType))
-            cell.cell_contents = copy.deepcopy(found, memo) if moved else found
+            found = old.cell_contents
+            moved = isinstance(found, (nn.Module, MethodType, FunctionType, partial))
+            cell.cell_contents = copied_function(found, memo) if moved else found
     return memo[id(function)]
 
 

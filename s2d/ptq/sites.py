@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from s2d.ptq.copies import copied_function
 from s2d.ptq.quantizers import AffineQuantizer, Quantizer
 
 MODES = ("float", "observe", "quantized", "train")
@@ -417,6 +418,9 @@ class _Bound:
     def __call__(self, module: nn.Module, *args, **kwargs):
         return self.function(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Bound:
+        return _Bound(copied_function(self.function, memo))
+
 
 def _own_forward(attention: nn.Module) -> Callable | None:
     """Takes away a forward that was set on the instance, as a function of the module and the inputs."""
@@ -449,6 +453,7 @@ def attach_products(
         ours = isinstance(module, (Site, _Attention, Quantizer))
         # Torch's own modules make no product that is followed, unless someone changed them.
         plain = type(module).__module__.startswith("torch.nn.") and "forward" not in module.__dict__
+        plain |= isinstance(module, torch.jit.ScriptModule)  # in which nothing is followed
         if not ours and not plain and _step_out not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_step_out, prepend=True)
             module.register_forward_hook(_step_back, always_call=True)

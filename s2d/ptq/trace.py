@@ -195,7 +195,7 @@ class _Watcher(TorchFunctionMode):
         if places is None:
             return False
         left, right = (args[place] for place in places)
-        weights = self.census.weights_in(left) or self.census.weights_in(right)
+        weights = self.census.parameters_in(left) or self.census.parameters_in(right)
         name = getattr(function, "__name__", "product")
         words = "" if not weights else self._words(name, weights)
         calls[-1].append(("pv", left.numel()) if _are_probabilities(left) else (None, 0))
@@ -346,6 +346,7 @@ def trace(model: nn.Module, batches: list) -> tuple[Trace, list[Tensor]]:
     handles = [
         handle
         for module in list(model.modules())
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks; the census sees into it
         for handle in (
             module.register_forward_pre_hook(watcher.entered, with_kwargs=True, prepend=True),
             module.register_forward_hook(watcher.left),
