@@ -220,7 +220,8 @@ def test_bombs_and_files_that_are_none_are_named(tmp_path: Path, monkeypatch, re
     Image.new("L", (40, 40)).save(tmp_path / "big.png")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:60])
+    Image.effect_noise((40, 40), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:600])
     for pixels in (1500, 100):  # Pillow warns of the first and refuses the second
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
         with pytest.raises(ValueError, match="big.png cannot be read as an image .*repair or remove it"):

@@ -237,7 +237,7 @@ class Box(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.fc(x)
         other = NAMED[self.kind][0](self, y)
-        return y + (other[0] if isinstance(other, tuple) else other).mean().exp()
+        return y + (other[0] if isinstance(other, tuple) else other).flatten()[0]
 
 
 # What is called with the output of the layer, and what names it.
@@ -263,7 +263,7 @@ NAMED = {
     "mean of products": (lambda s, x: torch.mean(s.w * x.unsqueeze(-2), -1), "multiply and sum with w"),
     "in place": (lambda s, x: (x[..., None].repeat(1, 1, 1, 8).mul_(s.w)).sum(2), "multiply and sum with w"),
     "vecdot": (lambda s, x: torch.linalg.vecdot(x, x.flip(0)), "multiply and sum of two activations"),
-    "chain": (lambda s, x: torch.linalg.multi_dot([x[0], s.w, s.v]), "multi_dot with w, v"),
+    "chain": (lambda s, x: torch.linalg.multi_dot([x[0], s.w, s.v]), "multi_dot with w"),
     "vector": (lambda s, x: torch.mv(s.w, x[0, 0]), "mv with w"),
     "distances": (lambda s, x: torch.cdist(x, s.w), "cdist with w"),
     "convolution": (lambda s, x: F.conv1d(x.mT, 2 * s.w[..., None]), "conv1d with w"),

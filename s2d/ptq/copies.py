@@ -50,7 +50,7 @@ def independent_copy(model: nn.Module) -> nn.Module:
         if getattr(module, "_compiled_call_impl", None) is not None:  # of module.compile()
             module._compiled_call_impl = None
         for name in ("forward", "_old_forward"):
-            if name in module.__dict__:
+            if isinstance(module.__dict__.get(name), FunctionType):
                 module.__dict__[name] = copied_function(module.__dict__[name], memo)
         _without_device_hook(module)
     return copied

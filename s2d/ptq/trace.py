@@ -79,12 +79,14 @@ class Trace:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a Linear layer or a convolution whose forward is the plain product."""
+    plain = next((kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(module, kind)), None)
+    if plain is None and not is_conv1d_of_gpt2(module):
+        return False
     forward = type(module).forward
     own = module.__dict__.get("forward", forward)  # one that was set on the instance
     if own is not forward and getattr(own, "__func__", None) is not forward:
         return False
-    plain = next((kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(module, kind)), None)
-    return is_conv1d_of_gpt2(module) or (plain is not None and forward is plain.forward)
+    return plain is None or forward is plain.forward
 
 
 def _is_norm(module: nn.Module) -> bool:
