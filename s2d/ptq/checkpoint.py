@@ -207,7 +207,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Paper: none.
     """
     codes = codes.flatten().to(torch.int32)
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
+    if codes.numel() == 0:
+        return codes.to(torch.uint8)
+    if not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
         raise ValueError(
             f"codes run from {int(codes.min())} to {int(codes.max())}: {bits} bits hold 0 to {2**bits - 1}"
         )
@@ -216,7 +218,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         digits = (part[:, None] >> torch.arange(bits, device=codes.device)) & 1
         digits = torch.nn.functional.pad(digits.flatten(), (0, -digits.numel() % 8)).view(-1, 8)
         packed.append((digits << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8))
-    return torch.cat(packed) if packed else codes.to(torch.uint8)
+    return torch.cat(packed)
 
 
 def unpack_codes(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
@@ -242,12 +244,14 @@ def unpack_codes(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     if packed.numel() != math.ceil(count * bits / 8):
         raise ValueError(f"{count} codes of {bits} bits fill {math.ceil(count * bits / 8)} bytes, not {packed.numel()}")
+    if count == 0:
+        return packed.to(torch.int16).view(tuple(shape))
     found = []
     for part in packed.split(bits * 2**17):
         digits = (part[:, None].to(torch.int32) >> torch.arange(8, device=packed.device)) & 1
         digits = digits.flatten()[: digits.numel() // bits * bits].view(-1, bits)
         found.append((digits << torch.arange(bits, device=packed.device)).sum(1).to(torch.int16))
-    return torch.cat(found)[:count].view(*shape) if found else packed.to(torch.int16).view(*shape)
+    return torch.cat(found)[:count].view(tuple(shape))
 
 
 def _from_codes(quantizer: Quantizer, codes: Tensor, dtype: torch.dtype) -> Tensor:
