@@ -59,7 +59,7 @@ class Census(TorchDispatchMode):
         # By the address of a memory; the weak reference keeps the address from being used again.
         self._made: dict[int, tuple[StorageWeakRef, Source]] = {}
         self._elementwise: dict[int, tuple[StorageWeakRef, list[bool], Source]] = {}
-        self._parameters = {name for name, _ in model.named_parameters()}
+        self._parameter_names = {name for name, _ in model.named_parameters()}
         held = [*model.named_parameters(), *model.named_buffers()]
         self._held = [(name, tensor) for name, tensor in held if tensor.is_floating_point()]
 
@@ -83,7 +83,7 @@ class Census(TorchDispatchMode):
 
     def parameters_in(self, tensor: Tensor) -> list[str]:
         """The parameters that a tensor was made of; none if the input has a part in it."""
-        return [name for name in _weights(self._source(tensor)) if name in self._parameters]
+        return [name for name in _weights(self._source(tensor)) if name in self._parameter_names]
 
     # --- what a tensor was made of
 
@@ -123,7 +123,7 @@ class Census(TorchDispatchMode):
         elif factors and _CONTRACTION.fullmatch(name):
             left = _LEFT.get(name)
             outer = left is not None and inputs[left].shape[-1] == 1
-            if not outer or self._parameters.intersection(*map(_weights, factors[-1:])):
+            if not outer or self._parameter_names.intersection(*map(_weights, factors[-1:])):
                 self._tell(name, factors)
 
     def _tell(self, name: str, factors: list[Source]) -> None:
