@@ -392,6 +392,17 @@ def test_a_layer_with_a_forward_of_its_instance_is_named() -> None:
     assert list(quantized_layers(quantized)) == ["1"]
 
 
+def test_hooks_of_accelerate_that_only_move_tensors_do_not_hide_layers() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = nn.Sequential(Attention()).eval(), data(4, 6, 16)
+    expected = quantize(model, w_bits=8, a_bits=8, calibration=x)
+    for module in (model[0], model[0].qkv, model[0].out):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+    quantized = quantize(model, w_bits=8, a_bits=8, calibration=x)
+    assert list(sites(quantized)) == list(sites(expected)) and torch.equal(quantized(x), expected(x))
+    assert "_hf_hook" in model[0].__dict__  # the argument keeps its own
+
+
 class TakesMapping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
