@@ -113,7 +113,9 @@ class ActivationStatistics:
         """Add one batch ``(..., width)``; raises ValueError if it is empty, non-finite or of another width."""
         if not isinstance(x, Tensor):
             raise ValueError(f"activations are a {type(x).__name__}: expected one tensor (..., width)")
-        x = check_tensor("activations", x, "give a floating-point tensor (..., width)").detach()
+        if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+            x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # integers are activations too
+        x = check_tensor("activations", x, "give a tensor of real numbers (..., width)").detach()
         if x.numel() == 0 or x.ndim == 0:
             raise ValueError(f"activations of shape {tuple(x.shape)}: expected (..., width) with at least one entry")
         # MPS has no float64; everything else computes the moments where the data is.

@@ -35,6 +35,7 @@ NO_TENSORS += [
     torch.eye(3).to_sparse(),
     nn.Linear,
 ]
+NO_ACTIVATIONS = [value for value in NO_TENSORS if getattr(value, "dtype", None) != torch.int64]
 NO_MATRICES = [*NO_TENSORS, torch.ones(3), torch.ones(()), torch.ones(2, 2, 2), torch.full((4, 3), math.nan)]
 NO_VECTORS = [*NO_TENSORS, torch.ones(()), torch.ones(2, 2), torch.tensor([math.nan, 1.0]), torch.ones(7)]
 NO_TRIPLETS = [
@@ -216,19 +217,19 @@ CASES: list[Case] = [
         "excess_kurtosis",
         s2d.excess_kurtosis,
         {"x": MATRIX},
-        {"x": [*NO_TENSORS[:-2], torch.ones(0), torch.ones(()), torch.tensor([math.nan])]},
+        {"x": [*NO_ACTIVATIONS[:-2], torch.ones(0), torch.ones(()), torch.tensor([math.nan])]},
     ),
     (
         "neuron_kurtosis",
         s2d.neuron_kurtosis,
         {"x": MATRIX},
-        {"x": [*NO_TENSORS[:-2], torch.ones(0), torch.ones(()), torch.tensor([math.inf])]},
+        {"x": [*NO_ACTIVATIONS[:-2], torch.ones(0), torch.ones(()), torch.tensor([math.inf])]},
     ),
     (
         "ActivationStatistics",
         lambda x: s2d.ActivationStatistics().update(x),
         {"x": MATRIX},
-        {"x": [*NO_TENSORS[:-2], torch.ones(()), (MATRIX, 1)]},
+        {"x": [*NO_ACTIVATIONS[:-2], torch.ones(()), (MATRIX, 1)]},
     ),
     (
         "watch_activations",
