@@ -8,6 +8,7 @@ means to bring it towards zero, and a frozen one pushes it on beyond.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2d.lab.quantization import over_checkpoints
-from s2d.lab.recipes import CLIP, FINETUNE_LR, RECIPE_WEIGHT_DECAY
+from s2d.lab.recipes import CLIP, FINETUNE_LR, INTERVENTIONS, RECIPE_WEIGHT_DECAY
 from s2d.lab.store import Trained, obtain
 from s2d.lab.training import Optimizer, Recipe
 from s2d.regularizer import SelectiveSpectralDecay
@@ -34,10 +35,10 @@ class Mode(NamedTuple):
     optimizer: Optimizer | None = None
 
 
-# The strength of the decoupled modes is the one at which the coefficients fall over the first ten steps about as fast
+# The strength of the decoupled modes is the one at which the coefficients fall over the first steps about as fast
 # as in the coupled ones (a table in notebook 06 shows it), so that the modes differ in what happens later.
-DECOUPLED_LAM = 0.4
-SLOW_ADAMW = Optimizer("adamw", lr=FINETUNE_LR / 100, weight_decay=RECIPE_WEIGHT_DECAY, betas=(0.9, 0.99), clip=CLIP)
+DECOUPLED_LAM = 4.0
+SLOW_ADAMW = replace(INTERVENTIONS["AdamW"], lr=FINETUNE_LR / 100, weight_decay=RECIPE_WEIGHT_DECAY)
 PLAIN_SGD = Optimizer("sgd", lr=0.1, weight_decay=0.0, momentum=0.0, clip=CLIP)
 
 MODES: dict[str, Mode] = {
