@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from s2d.layers import CONVOLUTIONS, LinearMap, linear_maps, modules_sharing
+from s2d.checks import check_number
+from s2d.layers import CONVOLUTIONS, LinearMap, check_model, linear_maps, modules_sharing
 from s2d.spectral import as_matrix, in_float64, times_power_of_two
 
 # Twice the unit roundoff of float64: the proof then holds for every rounding mode, not only for round to nearest.
@@ -98,8 +99,7 @@ def spectral_norm_bounds(weight: Tensor, *, rtol: float = 1e-3) -> SpectralNormB
     float64. From a smaller side of 256 on this takes 0.2 to 0.7 of the time of ``torch.linalg.matrix_norm(weight, 2)``,
     at 128 about the same; below about 100, tens of microseconds more, the calls from Python (``benchmarks/bound.py``).
     """
-    if not 1e-6 <= rtol < 1:
-        raise ValueError(f"rtol is {rtol}: choose between 1e-6 and 1")
+    check_number("rtol", rtol, lambda value: 1e-6 <= value < 1, "choose between 1e-6 and 1")
     matrix = as_matrix(weight)
     exponent = _exponent(matrix)
     if exponent is None:
@@ -310,8 +310,9 @@ def check_bound(model: nn.Module, batch: Any, *, layers: Mapping[str, LinearMap]
 
     Raises:
         TypeError: if ``layers`` holds anything but linear maps.
-        ValueError: if a layer's input, output or weight is not finite, its output is no tensor with a vector for each
-            of the input, or no layer took part.
+        ValueError: if the model cannot be called with the batch, a layer's input arises inside its module (experts) or
+            is not finite, nor its output or weight, its output is no tensor with a vector for each of the input, or no
+            layer took part.
 
     Example:
         >>> rows = check_bound(nn.Linear(8, 4), torch.randn(16, 8))
@@ -324,10 +325,19 @@ def check_bound(model: nn.Module, batch: Any, *, layers: Mapping[str, LinearMap]
 
     Paper: Theorem 1 (A.1), equation 7. Cost: a forward pass, and :func:`spectral_norm_bounds` of each matrix.
     """
-    layers = linear_maps(model) if layers is None else dict(layers)
+    check_model(model)
+    if layers is None:
+        layers = {name: linear for name, linear in linear_maps(model).items() if linear.argument is not None}
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"layers is a {type(layers).__name__}: expected a dictionary as linear_maps(model) is")
+    layers = dict(layers)
     for name, linear in layers.items():
         if not isinstance(linear, LinearMap):
             raise TypeError(f"layers[{name!r}] is a {type(linear).__name__}: expected values as linear_maps(model) has")
+        if linear.argument is None:
+            raise ValueError(
+                f"layer {name} gets its input inside {type(linear.module).__name__}, where it is not seen: leave it out"
+            )
     rows: dict[str, BoundCheck] = {}
 
     def watch(name: str, linear: LinearMap) -> torch.utils.hooks.RemovableHandle:
@@ -346,18 +356,30 @@ def check_bound(model: nn.Module, batch: Any, *, layers: Mapping[str, LinearMap]
             tied = modules_sharing(model, linear) if holders[id(linear.weight)] > 1 else [linear]
             handles += [watch(name, twin) for twin in {id(twin.module): twin for twin in tied}.values()]
         with _plain_arithmetic():
-            if isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, tuple):
-                model(*batch)
-            else:
-                model(batch)
+            _call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     if not rows:
         raise ValueError(f"none of the layers {', '.join(layers)} took part in the forward pass")
     return [rows[name] for name in layers if name in rows]
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    args, kwargs = (batch, {}) if isinstance(batch, tuple) else ((batch,), {})
+    if isinstance(batch, Mapping):
+        args, kwargs = (), batch
+    try:
+        model(*args, **kwargs)
+    except ValueError:
+        raise
+    except Exception as error:
+        dtypes = {str(weight.dtype) for weight in model.parameters()}
+        raise ValueError(
+            f"the model ({', '.join(sorted(dtypes))}) cannot be called with this batch: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}; give it what its forward() takes, in its "
+            "own dtype and on its own device"
+        ) from error
 
 
 @contextlib.contextmanager

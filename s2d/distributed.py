@@ -39,6 +39,9 @@ def resolve_group(process_group: dist.ProcessGroup | str | None) -> dist.Process
         process_group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if process_group is None:
         return None
+    outside = process_group == dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else False
+    if not dist.is_available() or not (outside or isinstance(process_group, dist.ProcessGroup)):
+        raise ValueError(f"process_group is {process_group!r}: give a group, 'world' or None")
     if dist.get_rank(process_group) < 0:
         raise ValueError(
             f"rank {dist.get_rank()} is not in process_group: give each rank the group that it trains its model with"
@@ -231,18 +234,32 @@ class Block(NamedTuple):
         columns: which columns, as a slice of its ``v``.
         part: which rows of the local parameter belong to the map.
         transposed: whether the parameter is stored transposed.
+        stacked: whether ``part`` is one matrix of a stack, ``(experts, out_features, in_features)``.
     """
 
     rows: slice
     columns: slice
     part: slice
     transposed: bool
+    stacked: bool = False
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The block inside the local part of the parameter or its gradient, as a matrix sharing its memory."""
+        """The block inside the local part of the parameter or its gradient, as a matrix sharing its memory.
+
+        Where the memory layout of a kernel (channels_last) allows no view it is a copy, for :meth:`store` to put back.
+        """
         part = tensor[self.part]
-        part = part.view(part.shape[0], part.shape[1:].numel()) if part.ndim > 2 else part  # -1 fails when it is empty
+        if self.stacked:
+            part = part.flatten(0, 1)  # of one matrix, or of none on this rank
+        elif part.ndim > 2:
+            part = part.reshape(part.shape[0], part.shape[1:].numel())  # -1 fails when it is empty
         return part.T if self.transposed else part
+
+    def store(self, tensor: Tensor, matrix: Tensor) -> None:
+        """Put a changed matrix of :meth:`view` where it came from, if it was a copy."""
+        if matrix.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            part = tensor[self.part]
+            part.copy_((matrix.T if self.transposed else matrix).reshape(part.shape))
 
     @property
     def empty(self) -> bool:
@@ -262,8 +279,11 @@ def local_block(linear: LinearMap) -> Block:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         sizes, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-        if tuple(sizes) != tuple(weight.to_local().shape) or (weight.ndim > 2 and tuple(sizes[1:]) != weight.shape[1:]):
+        kernel = weight.ndim > 2 and linear.index is None
+        if tuple(sizes) != tuple(weight.to_local().shape) or (kernel and tuple(sizes[1:]) != weight.shape[1:]):
             raise ValueError(f"layer {linear.name} is sharded as {weight.placements}: only blocks of rows and columns")
+    if linear.index is not None:
+        return _block_of_stack(linear, sizes, offsets)
     first, last = linear.rows or (0, weight.shape[0])
     start, stop = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
     stop = max(start, stop)
@@ -274,6 +294,17 @@ def local_block(linear: LinearMap) -> Block:
     if linear.transposed:
         return Block(along_second, along_first, part, True)
     return Block(along_first, along_second, part, False)
+
+
+def _block_of_stack(linear: LinearMap, sizes: Sequence[int], offsets: Sequence[int]) -> Block:
+    """Where this rank's part of a stack of matrices lies in one of them."""
+    here = offsets[0] <= linear.index < offsets[0] + sizes[0]
+    position = linear.index - offsets[0] if here else 0
+    part = slice(position, position + 1 if here else position)
+    rows, columns = (slice(offsets[d], offsets[d] + sizes[d] if here else offsets[d]) for d in (1, 2))
+    if linear.transposed:
+        return Block(columns, rows, part, True, stacked=True)
+    return Block(rows, columns, part, False, stacked=True)
 
 
 def sum_over_shards(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from s2d.checks import check_count, check_tensor
+
 
 class ActivationSummary(NamedTuple):
     """What :class:`ActivationStatistics` knows after its last update; all dimensionless but ``max_abs``.
@@ -109,7 +111,11 @@ class ActivationStatistics:
 
     def update(self, x: Tensor) -> None:
         """Add one batch ``(..., width)``; raises ValueError if it is empty, non-finite or of another width."""
-        x = x.detach()
+        if not isinstance(x, Tensor):
+            raise ValueError(f"activations are a {type(x).__name__}: expected one tensor (..., width)")
+        if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+            x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # integers are activations too
+        x = check_tensor("activations", x, "give a tensor of real numbers (..., width)").detach()
         if x.numel() == 0 or x.ndim == 0:
             raise ValueError(f"activations of shape {tuple(x.shape)}: expected (..., width) with at least one entry")
         # MPS has no float64; everything else computes the moments where the data is.
@@ -167,6 +173,9 @@ def watch_activations(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ac
     Yields:
         Name to statistics, filled by every forward pass inside the context.
 
+    Raises:
+        ValueError: for anything but names and modules.
+
     Example:
         >>> layer = nn.Linear(2, 3)
         >>> with watch_activations({"layer": layer}) as statistics:
@@ -176,6 +185,8 @@ def watch_activations(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ac
 
     Paper: appendix C.
     """
+    if not isinstance(modules, Mapping) or not all(isinstance(module, nn.Module) for module in modules.values()):
+        raise ValueError(f"modules is a {type(modules).__name__}: give a dictionary of name to torch.nn.Module")
     statistics = {name: ActivationStatistics() for name in modules}
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: statistics[name].update(output))
@@ -207,9 +218,7 @@ class OutlierRows:
     """
 
     def __init__(self, capacity: int = 16) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity is {capacity}: keep at least one outlier")
-        self.capacity = capacity
+        self.capacity = check_count("capacity", capacity, "keep at least one outlier")
         self._magnitude: Tensor | None = None  # -1 where nothing is kept yet
         self._neuron: Tensor | None = None
         self._x: Tensor | None = None
@@ -233,7 +242,16 @@ class OutlierRows:
         return self._x[: len(self)] if len(self) else None
 
     def allocate(self, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the buffers, empty; the first update does it otherwise."""
+        """Make the buffers, empty; the first update does it otherwise.
+
+        Raises:
+            ValueError: for a width that is no positive integer, or what is no dtype or device.
+        """
+        check_count("in_features", in_features, "give the width of the input")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype!r}: give a floating dtype such as torch.float32")
+        if not isinstance(device, torch.device):
+            raise ValueError(f"device is {device!r}: give a torch.device")
         dtype = torch.promote_types(dtype, torch.float32)
         self._magnitude = torch.full((self.capacity,), -1.0, dtype=dtype, device=device)
         self._neuron = torch.zeros(self.capacity, dtype=torch.int64, device=device)
@@ -246,7 +264,11 @@ class OutlierRows:
         Args:
             x: layer input ``(..., in_features)``.
             y: layer output without its bias ``(..., out_features)``, same leading shape.
+
+        Raises:
+            ValueError: for tensors that do not fit each other, or another width than before.
         """
+        self._check(x, y)
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if y.numel() == 0:
             return
@@ -261,12 +283,45 @@ class OutlierRows:
 
     @torch.no_grad()
     def merge(self, magnitude: Tensor, neuron: Tensor, x: Tensor) -> None:
-        """Merge activations, in any order, into buffers that exist."""
+        """Merge activations, in any order, into buffers that exist.
+
+        Args:
+            magnitude: ``(r,)``.
+            neuron: ``(r,)`` integer.
+            x: ``(r, in_features)``.
+
+        Raises:
+            ValueError: before :meth:`allocate` or :meth:`update`, and for shapes that do not fit.
+        """
+        if self._x is None:
+            raise ValueError("there are no buffers yet: call allocate() or update() first")
+        tensors = all(isinstance(part, Tensor) for part in (magnitude, neuron, x))
+        if (
+            not tensors
+            or (x.ndim, magnitude.ndim, neuron.ndim) != (2, 1, 1)
+            or x.shape[1] != self._x.shape[1]
+            or not (len(x) == len(magnitude) == len(neuron))
+        ):
+            shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in (magnitude, neuron, x)]
+            raise ValueError(
+                f"magnitude, neuron and x are {shapes}: give tensors (r,), (r,) and (r, {self._x.shape[1]})"
+            )
         magnitude = torch.cat([self._magnitude, magnitude.to(self._magnitude)])
         magnitude, keep = magnitude.topk(self.capacity)
         self._magnitude.copy_(magnitude)
         self._neuron.copy_(torch.cat([self._neuron, neuron.to(self._neuron)])[keep])
         self._x.copy_(torch.cat([self._x, x.to(self._x)])[keep])
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        for name, part in (("x", x), ("y", y)):
+            check_tensor(name, part, "give what the layer was called with, and what it returned without its bias")
+        if not x.ndim or not y.ndim or x.shape[:-1] != y.shape[:-1]:
+            raise ValueError(
+                f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit: give one layer's input and output, with the "
+                "same leading shape"
+            )
+        if self._x is not None and self._x.shape[1] != x.shape[-1]:
+            raise ValueError(f"x has width {x.shape[-1]}, earlier inputs had {self._x.shape[1]}: keep layers apart")
 
     def clear(self) -> None:
         """Forget everything and free the buffers."""

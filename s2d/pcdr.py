@@ -7,10 +7,15 @@ weight alone.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
-from s2d.spectral import SingularTriplets, as_matrix, in_float64, top_singular_triplets
+from s2d.checks import check_number, check_tensor
+from s2d.spectral import SingularTriplets, as_matrix, check_triplets, in_float64, top_singular_triplets
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # A threshold counts as reached up to this part of it, which is more than a PCDR is off for its triplets' sake: those of
 # a refresh have residuals of up to 5e-5 s_1 each.
@@ -67,6 +72,11 @@ def activation_pcdr(
     Paper: main text (second-hand), Table 7. Cost: O(r k_max (m + n)) beside the triplets.
     """
     matrix = as_matrix(weight)
+    repair = f"give the inputs of the activations, (r, {matrix.shape[1]})"
+    check_tensor("x", x, repair, finite=True)
+    if not isinstance(neuron, Tensor) or neuron.dtype not in INTEGERS or neuron.is_meta:
+        kind = neuron.dtype if isinstance(neuron, Tensor) else type(neuron).__name__
+        raise ValueError(f"neuron is {kind}: give the output index of each activation, an integer tensor (r,)")
     if x.ndim != 2 or x.shape[1] != matrix.shape[1] or neuron.shape != x.shape[:1]:
         raise ValueError(
             f"x {tuple(x.shape)} and neuron {tuple(neuron.shape)} do not fit a {tuple(matrix.shape)} weight: "
@@ -74,10 +84,7 @@ def activation_pcdr(
         )
     if len(neuron) and not (0 <= int(neuron.min()) and int(neuron.max()) < matrix.shape[0]):
         raise ValueError(f"neuron holds {int(neuron.min())} to {int(neuron.max())}: the layer has {matrix.shape[0]}")
-    if triplets is None:
-        triplets = top_singular_triplets(weight, k_max)
-    elif not 1 <= k_max <= len(triplets.s):
-        raise ValueError(f"k_max is {k_max}, but {len(triplets.s)} triplets were given")
+    triplets = _triplets(weight, k_max, triplets)
     u, s, v = (in_float64(part[..., :k_max]) for part in triplets)
     x, neuron = in_float64(x), neuron.to(u.device)
     rows = in_float64(matrix[neuron.to(matrix.device)])
@@ -114,16 +121,23 @@ def spectral_pcdr(weight: Tensor, *, k_max: int = 3, triplets: SingularTriplets 
     Paper: Algorithm 1, line 9.
     """
     matrix = as_matrix(weight)
-    if triplets is None:
-        triplets = top_singular_triplets(weight, k_max)
-    elif not 1 <= k_max <= len(triplets.s):
-        raise ValueError(f"k_max is {k_max}, but {len(triplets.s)} triplets were given")
+    triplets = _triplets(weight, k_max, triplets)
     s = in_float64(triplets.s[:k_max])
     if s[0] == 0:
         return s.to(matrix)
     # Relative to s_1, because the squares of a huge or tiny weight would leave the range of the dtype.
     total = torch.linalg.vector_norm(in_float64(matrix) / s[0])
     return ((s / s[0]).square().cumsum(0) / total.square()).clamp(max=1.0).to(matrix)
+
+
+def _triplets(weight: Tensor, k_max: int, triplets: SingularTriplets | None) -> SingularTriplets:
+    """The top triplets of a weight: those given, if they are enough, or new ones."""
+    if triplets is None:
+        return top_singular_triplets(weight, k_max)
+    check_triplets(triplets, weight.shape)
+    if isinstance(k_max, bool) or not isinstance(k_max, Integral) or not 1 <= k_max <= len(triplets.s):
+        raise ValueError(f"k_max is {k_max}, but {len(triplets.s)} triplets were given")
+    return triplets
 
 
 def layer_pcdr(ratios: Tensor) -> Tensor:
@@ -138,12 +152,18 @@ def layer_pcdr(ratios: Tensor) -> Tensor:
     Returns:
         ``(k_max,)`` in [0, 1]; zeros when no activation is left.
 
+    Raises:
+        ValueError: for anything but a table of ratios, which are not negative.
+
     Example:
         >>> layer_pcdr(torch.tensor([[0.5, 4.0], [0.7, 0.6]]))
         tensor([0.6000, 0.8000])
 
     Paper: none (the paper does not say how a layer's outliers are merged).
     """
+    check_tensor("ratios", ratios, "give the ratios of activation_pcdr, (r, k_max)", ndim=2)
+    if (ratios < 0).any():
+        raise ValueError("ratios holds negative numbers: give the ratios of magnitudes that activation_pcdr returns")
     kept = ratios[~ratios.isnan().any(dim=1)].clamp(max=1.0)
     return kept.mean(dim=0) if len(kept) else ratios.new_zeros(ratios.shape[1])
 
@@ -165,7 +185,7 @@ def outlier_rank(pcdr: Tensor, tau: float) -> int | None:
         The rank, 1 to k_max, or None when no k reaches the threshold: the layer is then left alone.
 
     Raises:
-        ValueError: for tau outside (0, 1].
+        ValueError: for tau outside (0, 1], and for anything but a vector of finite ratios.
 
     Example:
         >>> outlier_rank(torch.tensor([0.7, 0.96, 0.99]), tau=0.95)
@@ -173,7 +193,7 @@ def outlier_rank(pcdr: Tensor, tau: float) -> int | None:
 
     Paper: Algorithm 1, lines 9 and 10.
     """
-    if not 0 < tau <= 1:
-        raise ValueError(f"tau is {tau}: a dominance ratio lies in (0, 1]")
+    check_number("tau", tau, lambda value: 0 < value <= 1, "a dominance ratio lies in (0, 1]")
+    check_tensor("pcdr", pcdr, "give PCDR_1 to PCDR_k_max of a layer, (k_max,)", ndim=1, finite=True)
     reached = (pcdr >= tau * (1 - TOLERANCE)).nonzero()
     return int(reached[0]) + 1 if len(reached) else None

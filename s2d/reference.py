@@ -93,7 +93,7 @@ class LiteralAlgorithm1:
         if self.t % self.refresh_every == 0:  # line 6
             for index, weight in enumerate(self.weights):  # line 7
                 values = torch.tensor([self.pcdr(index, weight, k) for k in range(1, self.k_max + 1)])
-                k_hat = outlier_rank(values, self.tau)  # line 9
+                k_hat = outlier_rank(values.nan_to_num(0.0), self.tau)  # line 9
                 self.g_reg[index] = (  # lines 10 to 15
                     penalty_matrix_literal(weight, k_hat, self.power) if k_hat is not None else torch.zeros_like(weight)
                 )

@@ -11,12 +11,9 @@ The literal transcription, with dense penalty matrices and full SVDs, is :class:
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from numbers import Real
-from types import FrameType
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -24,9 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2d import distributed
+from s2d.attachment import Attachment, along, check_rate, is_low_precision
+from s2d.checks import check_count, check_number, check_tensor
 from s2d.layers import CONVOLUTIONS, LinearMap, Selector, linear_maps, modules_sharing
 from s2d.pcdr import activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
-from s2d.spectral import SingularTriplets, SolvedTriplets, solve_top_triplets
+from s2d.rounding import round_stochastically, seeded
+from s2d.spectral import SingularTriplets, SolvedTriplets, check_triplets, solve_top_triplets
 from s2d.watch import OutlierWatch
 
 CRITERIA = ("activation", "spectral", "all")
@@ -46,15 +46,33 @@ def spectral_penalty(s: Tensor, *, lam: float, power: float = 2) -> Tensor:
         lam: strength, dimensionless.
         power: the exponent n.
 
+    Raises:
+        ValueError: for anything but a vector, or a number out of range.
+
     Example:
         >>> spectral_penalty(torch.tensor([3.0]), lam=1.0, power=2)
         tensor(9.)
 
     Paper: Algorithm 1 and G.1 ("yielding a sigma^3 penalty").
     """
+    check_tensor("s", s, "give the selected singular values, a floating-point tensor (k,)", ndim=1, finite=True)
+    check_strength(lam, power)
     return lam / (power + 1) * (s ** (power + 1)).sum()
 
 
+def check_strength(lam: Any, power: Any) -> None:
+    """Raise ValueError unless these are a strength and an exponent of the penalty.
+
+    Example:
+        >>> check_strength(5e-4, 2)
+
+    Paper: none.
+    """
+    check_number("lam", lam, lambda value: value >= 0, "it must be finite and not negative")
+    check_number("power", power, lambda value: value > 0, "it must be positive; 2 is the paper's, 1 is plain L2")
+
+
+@torch.no_grad()
 def add_spectral_penalty_(target: Tensor, triplets: SingularTriplets, coefficients: Tensor, *, scale: float) -> Tensor:
     r"""Add ``scale * U diag(coefficients) V^T`` to a gradient or a weight, in place, without forming it.
 
@@ -67,6 +85,9 @@ def add_spectral_penalty_(target: Tensor, triplets: SingularTriplets, coefficien
     Returns:
         ``target``.
 
+    Raises:
+        ValueError: for a target, triplets or coefficients whose shapes do not fit, and a scale that is no number.
+
     Example:
         >>> t = SingularTriplets(torch.tensor([[1.0], [0.0]]), torch.tensor([2.0]), torch.tensor([[0.0], [1.0]]))
         >>> add_spectral_penalty_(torch.zeros(2, 2), t, t.s**2, scale=0.25)
@@ -75,6 +96,18 @@ def add_spectral_penalty_(target: Tensor, triplets: SingularTriplets, coefficien
 
     Paper: Algorithm 1, lines 12 and 20. Cost: O(m n k).
     """
+    check_tensor("target", target, "give a floating-point matrix (out_features, in_features)", ndim=2)
+    check_triplets(triplets, target.shape)
+    check_tensor("coefficients", coefficients, "give one number for each triplet, a tensor (k,)", ndim=1, finite=True)
+    if len(coefficients) != len(triplets.s):
+        raise ValueError(
+            f"coefficients holds {len(coefficients)} numbers for {len(triplets.s)} triplets: give one each"
+        )
+    scale = check_number("scale", scale, lambda value: True, "give a finite number")
+    return _add_low_rank_(target, triplets, coefficients, scale)
+
+
+def _add_low_rank_(target: Tensor, triplets: SingularTriplets, coefficients: Tensor, scale: float) -> Tensor:
     # Both factors take the root of the strength: in float16 all of it in one of them could overflow.
     strength = coefficients * scale
     root = strength.abs().sqrt()
@@ -96,6 +129,9 @@ def penalty_cosine(a: SingularTriplets, b: SingularTriplets, *, power: float = 2
     Returns:
         From -1 to 1; 1 when both penalties are zero, 0 when one of them is.
 
+    Raises:
+        ValueError: for triplets of weights of two shapes, or a number out of range.
+
     Example:
         >>> t = SingularTriplets(torch.eye(2), torch.tensor([2.0, 1.0]), torch.eye(2))
         >>> penalty_cosine(t, t)
@@ -103,6 +139,15 @@ def penalty_cosine(a: SingularTriplets, b: SingularTriplets, *, power: float = 2
 
     Paper: appendix G.2.
     """
+    check_triplets(a, name="a")
+    check_triplets(b, (len(a.u), len(a.v)), name="b")
+    check_strength(0, power)
+    if rank is not None:
+        rank = check_count("rank", rank, "give a positive integer, or None for every component")
+        if rank > min(len(a.s), len(b.s)):
+            raise ValueError(
+                f"rank is {rank}, but there are {len(a.s)} and {len(b.s)} triplets: give no more than both"
+            )
     u_a, s_a, v_a = (part[..., :rank].double() for part in a)
     u_b, s_b, v_b = (part[..., :rank].double() for part in b)
     c_a, c_b = s_a**power, s_b**power
@@ -118,11 +163,11 @@ class _WatchedLayer:
 
     def __init__(self, linear: LinearMap) -> None:
         self.linear = linear
-        self.optimizer: torch.optim.Optimizer | None = None
         self.triplets: SingularTriplets | None = None
         self.pcdr: Tensor | None = None
         self.rank = 0  # how many components are penalised
         self.spent: Tensor | None = None  # how much decoupled decay has taken off each component since
+        self.owed: Tensor | None = None  # what rounding kept back of the decay of a half-precision weight, likewise
         self.info: Tensor | None = None  # error, whether the full SVD answered, seconds
         self._factors: tuple[distributed.Block, Tensor, Tensor] | None = None
 
@@ -139,6 +184,9 @@ class _WatchedLayer:
 
     def set(self, triplets: SingularTriplets, pcdr: Tensor, info: Tensor, rank: int) -> None:
         """What a refresh found."""
+        if self.owed is not None:  # along the new components
+            old = self.triplets
+            self.owed = ((triplets.u.T @ old.u) * (triplets.v.T @ old.v)) @ self.owed
         self.triplets, self.pcdr, self.info, self.rank = triplets, pcdr, info, rank
         self.spent, self._factors = torch.zeros_like(pcdr), None
 
@@ -163,6 +211,20 @@ class SelectiveSpectralDecay:
     sigma**power`` a step whatever Adam does; notebook 07 compares the two. It needs every triplet: a smaller ``k_max``
     bounds the memory. Choose ``lam`` anew (0.1 there), and leave the optimizer some weight decay for the rest. There a
     plain cap (:class:`s2d.cap.SpectralNormCap`) does better still.
+
+    **Half precision.** A bfloat16 or float16 weight swallows a change of less than half a unit in its last place, and
+    so all of a usual decay. Decoupled decay therefore rounds at random, right in the mean, and carries over from step
+    to step what was rounded too much or too little of each component. Where the optimizer keeps wider copies of the
+    weights, it acts on those. Through the gradient, the penalty shares the fate of the optimizer's own update; where
+    rounding swallows that, a warning says so.
+
+    **Whether it acts.** At its first steps, in each step as far as that is cheap, and at each refresh it looks whether
+    every weight is the tensor that the optimizer steps, whether the step that it is attached to runs as gradients
+    arrive, whether modules were exchanged, and whether its changes survive. What fails is said once, in a warning with
+    layer, cause and repair; :meth:`health` has the same as a table, and :meth:`summary` counts the layers that act.
+
+    **Refresh by need.** A layer without a gradient (or, for the activation criterion, a forward pass) at a refresh,
+    such as an expert that no token chose, is refreshed in the next step in which it has one.
 
     **Many processes.** With ``torch.distributed`` every rank builds and attaches this in the same way. Outliers are
     merged over ranks, the layers of a refresh are shared out over them, and all ranks apply the same penalty, each to
@@ -220,20 +282,23 @@ class SelectiveSpectralDecay:
         outliers: int = 16,
         process_group: dist.ProcessGroup | Literal["world"] | None = "world",
     ) -> None:
-        _check_number("lam", lam, lambda value: value >= 0, "it must be finite and not negative")
-        _check_number("power", power, lambda value: value > 0, "it must be positive; 2 is the paper's, 1 is plain L2")
-        _check_number("tau", tau, lambda value: 0 < value <= 1, "a dominance ratio lies in (0, 1]")
-        _check_count("k_max", k_max, "give a positive integer, or None for every component", optional=True)
-        _check_count("refresh_every", refresh_every, "give a positive number of steps")
-        _check_count("outliers", outliers, "keep at least one")
+        check_strength(lam, power)
+        check_number("tau", tau, lambda value: 0 < value <= 1, "a dominance ratio lies in (0, 1]")
+        if k_max is not None:
+            k_max = check_count("k_max", k_max, "give a positive integer, or None for every component")
+        refresh_every = check_count("refresh_every", refresh_every, "give a positive number of steps")
+        outliers = check_count("outliers", outliers, "keep at least one")
         for value, name, known in (
             (criterion, "criterion", CRITERIA),
             (coefficients, "coefficients", COEFFICIENTS),
             (coupling, "coupling", COUPLINGS),
         ):
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
         maps = linear_maps(model, include=include, exclude=exclude)
+        self.unwatched: list[str] = []
+        if criterion == "activation" and include is None:
+            maps, self.unwatched = _without_unseen(maps)
         for name, linear in maps.items():
             if k_max is not None and k_max > min(linear.shape):
                 raise ValueError(
@@ -245,6 +310,12 @@ class SelectiveSpectralDecay:
                     f"layer {name} is a convolution, for which criterion='activation' is not defined: use 'spectral' "
                     f"or 'all', or leave it out with exclude={name!r}"
                 )
+            if criterion == "activation" and linear.argument is None:
+                raise ValueError(
+                    f"the input of layer {name} arises inside {type(linear.module).__name__}, where "
+                    "criterion='activation' does not see it: use 'spectral' or 'all', or leave it out with "
+                    f"exclude={name!r}"
+                )
         distributed.resolve_group(process_group)
         self.lam, self.power, self.tau, self.k_max = lam, power, tau, k_max
         self.refresh_every, self.criterion = refresh_every, criterion
@@ -255,9 +326,9 @@ class SelectiveSpectralDecay:
         self._watched = {name: _WatchedLayer(linear) for name, linear in maps.items()}
         self._watch = OutlierWatch({name: modules_sharing(model, linear) for name, linear in maps.items()}, outliers)
         self._warned = False
-        self._stepping: dict[int, FrameType] = {}  # the call of step() that is under way, by optimizer
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._handles: list[Any] = []
+        self._due: set[str] = set()  # layers that had no gradient at the refresh, and are refreshed when they have
+        self._model = model
+        self._attachment = self._new_attachment()
 
     @property
     def layers(self) -> dict[str, LinearMap]:
@@ -272,6 +343,11 @@ class SelectiveSpectralDecay:
             linear = watched.linear
             frozen = "" if linear.weight.requires_grad else ", frozen"
             lines.append(f"  {name or '(model)'}: {type(linear.module).__name__} {linear.shape}{frozen}")
+        if self.unwatched:
+            lines.append(
+                f"  not watched: {len(self.unwatched)} matrices of experts, whose input criterion='activation' does "
+                "not see (use 'spectral' or 'all')"
+            )
         return "\n".join(lines)
 
     # --- life in a training loop ------------------------------------------------------------------------------------
@@ -287,140 +363,209 @@ class SelectiveSpectralDecay:
             ValueError: if the optimizers do not own every watched weight that is trained, or this is attached already;
                 on all ranks, if they watch different layers.
         """
-        if self._handles:
-            raise ValueError("already attached: call detach() first")
-        self._optimizers = [_unwrap(optimizer) for optimizer in optimizers]
-        foreign = self._find_owners()
-        error = None
-        if foreign or not optimizers:
-            error = ValueError(
-                f"the optimizer does not own the weights of {len(foreign)} of {len(self._watched)} watched layers "
-                f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}): build it from model.parameters() "
-                "after wrapping the model, freeze those layers with requires_grad_(False), or leave them out with "
-                "exclude="
-            )
-        distributed.raise_together(error, self._group(), what="attach()")
-        distributed.check_same_layers(self.layers, self._group())
-        for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._attachment.attach(optimizers, self._group(), needs_rate=self.coupling == "decoupled")
+        self._watch_forward()
+
+    def _watch_forward(self) -> None:
         if self.criterion == "activation":
             self._watch.attach()
         self._set_steps(self.steps)
 
     def detach(self) -> None:
         """Remove every hook; the model and the optimizer are then as they were."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._attachment.detach()
         self._watch.detach()
         self._watch.clear()
 
-    def _find_owners(self) -> list[str]:
-        """Note which optimizer owns which weight; the names of trained weights that none owns."""
-        owner = {
-            id(parameter): optimizer
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        for watched in self._watched.values():
-            watched.optimizer = owner.get(id(watched.linear.weight))
-        return [n for n, w in self._watched.items() if w.optimizer is None and w.linear.weight.requires_grad]
+    def _new_attachment(self) -> Attachment:
+        return Attachment(
+            type(self).__name__,
+            self._model,
+            self.layers,
+            before=lambda optimizer, first: self._step(optimizer, first=first),
+            around_closure=self._around_closure,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: everything but the hooks, which belong to these very objects."""
+        state = {name: value for name, value in vars(self).items() if name != "_attachment"}
+        return state | {"_copied": self._attachment.optimizers if self._attachment.attached else []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy made together with its optimizer acts on that copy, as the original does on the original."""
+        optimizers = state.pop("_copied")
+        vars(self).update(state)
+        self._attachment = self._new_attachment()
+        if optimizers:
+            self._attachment.attach(optimizers, None, together=False)
+            self._watch_forward()
+
+    def __copy__(self) -> SelectiveSpectralDecay:
+        raise ValueError(
+            "copy.copy() would act twice on the same weights: use copy.deepcopy((model, optimizer, decay)), or build "
+            "another SelectiveSpectralDecay and load_state_dict()"
+        )
 
     def _set_steps(self, steps: int) -> None:
         """Count, and watch the forward passes of the steps that refresh."""
         self.steps = steps
-        if self._handles and self.criterion == "activation" and steps % self.refresh_every == 0:
-            self._watch.start()
-        else:
-            self._watch.active = False
+        self._watch.active = False
+        if self._attachment.attached and self.criterion == "activation":
+            if steps % self.refresh_every == 0:
+                self._watch.start()
+            elif self._waiting():
+                self._watch.start(self._waiting())
+
+    def _waiting(self) -> list[str]:
+        """Layers that are trained and wait for a gradient to be refreshed."""
+        return [name for name in self._due and self._watched if name in self._due and self._is_trained(name)]
+
+    def _is_trained(self, name: str) -> bool:
+        return self._watched[name].linear.weight.requires_grad
 
     def _group(self) -> dist.ProcessGroup | None:
         return distributed.resolve_group(self.process_group)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """The optimizer's hook: Algorithm 1, lines 6 to 20, between ``backward()`` and the update."""
-        if self._is_nested(optimizer):  # a step that calls its base class's step runs the hooks again
-            return None
-        self._stepping[id(optimizer)] = sys._getframe(1)
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._step(optimizer, first=True)
-            return None
-        calls = 0
+    def _around_closure(self, first: bool) -> Callable[[], None]:
+        """Forward passes of a later call of a closure are none of the next step; returns what ends that."""
+        watching = self._watch.active
+        self._watch.active = watching and first
 
-        def closure_with_penalty():
-            nonlocal calls
-            watching = self._watch.active
-            self._watch.active = watching and calls == 0  # later calls are no forward pass of the next step
-            try:
-                loss = closure()  # computes the gradient anew, so the penalty has to follow it
-            finally:
-                self._watch.active = watching
-            self._step(optimizer, first=calls == 0)
-            calls += 1
-            return loss
+        def end() -> None:
+            self._watch.active = watching
 
-        return args[:1], {**kwargs, "closure": closure_with_penalty}
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._stepping.pop(id(optimizer), None)
-
-    def _is_nested(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step of this optimizer is under way that we know of; one that raised is no longer on the stack."""
-        outer, frame = self._stepping.get(id(optimizer)), sys._getframe()
-        while outer is not None and frame is not None:
-            if frame is outer:
-                return True
-            frame = frame.f_back
-        return False
+        return end
 
     @torch.no_grad()
     def _step(self, optimizer: torch.optim.Optimizer, *, first: bool) -> None:
-        # GradScaler leaves these two on a fused optimizer, which unscales inside its own step.
-        if getattr(optimizer, "found_inf", None) is not None and float(optimizer.found_inf):
-            return  # the optimizer will skip this step, and so do we
-        scale = getattr(optimizer, "grad_scale", None)
-        leads = optimizer is self._optimizers[0] and first
+        """Algorithm 1, lines 6 to 20, between ``backward()`` and the update."""
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler's, for optimizers that unscale in their own step
+        leads = optimizer is self._attachment.optimizers[0] and first
         with torch.autocast(self._device().type, enabled=False):
             if leads and self.steps % self.refresh_every == 0:
-                self._find_owners()
-                self._refresh([watched.linear.weight.grad is not None for watched in self._watched.values()])
+                self._attachment.refresh()
+                self._due = set(self._watched)
+                self._refresh([self._has_gradient(name) for name in self._watched])
+            elif self._waiting():
+                waiting = self._waiting()
+                self._refresh(
+                    [n in waiting and self._owner(n) is optimizer and self._has_gradient(n) for n in self._watched]
+                )
             self._apply(optimizer, 1.0 if scale is None else float(scale))
         if leads:
             self._set_steps(self.steps + 1)
+
+    def _owner(self, name: str) -> torch.optim.Optimizer | None:
+        return self._attachment.standings[name].optimizer
+
+    def _has_gradient(self, name: str) -> bool:
+        """Whether a layer's weight is in place and has a gradient."""
+        weight = self._watched[name].linear.weight
+        return weight.is_leaf and weight.grad is not None
 
     # --- the penalty ------------------------------------------------------------------------------------------------
 
     def _apply(self, optimizer: torch.optim.Optimizer, grad_scale: float) -> None:
         """Add the penalty to this rank's part of every selected weight that this optimizer owns."""
-        chosen = [
-            watched
-            for watched in self._watched.values()
+        chosen = {
+            name: watched
+            for name, watched in self._watched.items()
             # a frozen or unused layer, without gradient, stays as it is
-            if watched.rank and watched.optimizer is optimizer and watched.linear.weight.grad is not None
-        ]
-        values = self._live_values(chosen) if self.coefficients == "live" else [w.selected().s for w in chosen]
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for watched, s in zip(chosen, values, strict=True):
-            weight = watched.linear.weight
-            group = groups[id(weight)]
+            if watched.rank
+            and self._owner(name) is optimizer
+            and self._attachment.can_act(name)
+            and watched.linear.weight.grad is not None
+        }
+        if self.coefficients == "live":
+            values = self._live_values(list(chosen.values()))
+        else:
+            values = [watched.selected().s for watched in chosen.values()]
+        applied: dict[str, tuple[Tensor, Tensor]] = {}  # of half-precision weights: what was asked for, and was done
+        for (name, watched), s in zip(chosen.items(), values, strict=True):
+            self._attachment.note(name)
             if self.coupling == "gradient":
-                # It may have to be summed over ranks first, in which those with an empty block take part.
-                target = distributed.gradient(weight)
-                # An optimizer that maximizes turns the gradient around, the penalty in it too, which has to shrink.
-                sign = -1.0 if group.get("maximize", False) else 1.0
-                coefficients, scale = s**self.power, sign * self.lam * grad_scale
+                self._add_to_gradient(name, watched, s, grad_scale)
             else:
-                # More than the whole component would turn its sign and start it growing again.
-                left = s if self.coefficients == "live" else s - watched.spent[: watched.rank]
-                coefficients = (float(group["lr"]) * self.lam * s**self.power).minimum(left)
-                watched.spent[: watched.rank] += coefficients
-                target, scale = weight, -1.0
-            block, u, v = watched.local_factors()
-            if not block.empty:
-                part = block.view(distributed.local(target))
-                add_spectral_penalty_(part, SingularTriplets(u, s, v), coefficients, scale=scale)
+                self._take_off(name, watched, s, applied)
+        self._carry_over(applied)
+
+    def _add_to_gradient(self, name: str, watched: _WatchedLayer, s: Tensor, grad_scale: float) -> None:
+        # It may have to be summed over ranks first, in which those with an empty block take part.
+        target = distributed.local(distributed.gradient(watched.linear.weight))
+        # An optimizer that maximizes turns the gradient around, the penalty in it too, which has to shrink.
+        group = self._attachment.group_of(self._attachment.standings[name])
+        scale = (-1.0 if group.get("maximize", False) else 1.0) * self.lam * grad_scale
+        block, u, v = watched.local_factors()
+        if block.empty:
+            return
+        factors, coefficients = SingularTriplets(u, s, v), s**self.power
+        part = block.view(target)
+        if is_low_precision(part):
+            wide = _add_low_rank_(part.float(), factors, coefficients, scale)
+            part.copy_(round_stochastically(wide, part.dtype, generator=self._random(name, block, part.device)))
+        else:
+            _add_low_rank_(part, factors, coefficients, scale)
+        block.store(target, part)
+        self._attachment.expect_update(name)
+
+    def _take_off(
+        self, name: str, watched: _WatchedLayer, s: Tensor, applied: dict[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        """Decoupled decay of one weight."""
+        rate = check_rate(self._attachment.group_of(self._attachment.standings[name]))
+        # More than the whole component would turn its sign and start it growing again.
+        left = s if self.coefficients == "live" else s - watched.spent[: watched.rank]
+        coefficients = (rate * self.lam * s**self.power).minimum(left)
+        watched.spent[: watched.rank] += coefficients
+        block, u, v = watched.local_factors()
+        master = self._attachment.master_of(name)
+        weight = distributed.local(watched.linear.weight)
+        target = weight if master is None else master
+        factors = SingularTriplets(u, s, v)
+        if is_low_precision(target):
+            self._take_off_rounding(name, watched, coefficients, applied)
+        elif not block.empty:
+            part = block.view(target)
+            early = self._attachment.is_early(name)
+            before = along(part, u[:, 0], v[:, 0]) if early else 0.0
+            _add_low_rank_(part, factors, coefficients, -1.0)
+            block.store(target, part)
+            if early:
+                now = along(block.view(target), u[:, 0], v[:, 0])
+                self._attachment.expect_change(name, before, now, lambda: along(block.view(target), u[:, 0], v[:, 0]))
+
+    def _take_off_rounding(
+        self, name: str, watched: _WatchedLayer, coefficients: Tensor, applied: dict[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        """Decoupled decay of a half-precision weight without a master copy: right in the mean, errors carried over.
+
+        Rounded at random, each component shrinks by what it should, give or take; what this step took too little or too
+        much is asked for again in the next.
+        """
+        weight = distributed.local(watched.linear.weight)
+        block, u, v = watched.local_factors()
+        asked = coefficients if watched.owed is None else coefficients + watched.owed[: watched.rank]
+        done = torch.zeros_like(asked)
+        if not block.empty:
+            part = block.view(weight)
+            old = part.float()
+            wide = _add_low_rank_(old.clone(), SingularTriplets(u, asked, v), asked, -1.0)
+            part.copy_(round_stochastically(wide, part.dtype, generator=self._random(name, block, part.device)))
+            block.store(weight, part)
+            done = (u * ((old - part.float()) @ v)).sum(dim=0)
+        applied[name] = (asked, done)
+
+    def _carry_over(self, applied: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Note what rounding has kept back, over all shards of each weight."""
+        parts = [(self._watched[name].linear.weight, done) for name, (_, done) in applied.items()]
+        for (name, (asked, _)), done in zip(applied.items(), distributed.sum_over_shards(parts), strict=True):
+            watched = self._watched[name]
+            watched.owed = torch.zeros_like(watched.spent)
+            watched.owed[: watched.rank] = asked - done
+
+    def _random(self, name: str, block: distributed.Block, device: torch.device) -> torch.Generator:
+        """Random numbers for a layer in this step, the same in a resumed run; not the training's."""
+        return seeded(device, self.steps, list(self._watched).index(name), block.rows.start, block.columns.start)
 
     @staticmethod
     def _live_values(chosen: list[_WatchedLayer]) -> list[Tensor]:
@@ -443,30 +588,49 @@ class SelectiveSpectralDecay:
         is raised on all.
 
         Raises:
-            ValueError: if a weight is not finite.
+            ValueError: if a weight is not finite, or was parametrized or pruned since.
             RuntimeError: if the activation criterion has seen no forward pass to look at, or another rank failed.
         """
-        self._refresh([True] * len(self._watched))
+        self._refresh([True] * len(self._watched), by_hand=True)
 
-    def _refresh(self, active: list[bool]) -> None:
-        """Refresh the layers that are active on any rank; the others are not penalised until the next refresh."""
+    def _refresh(self, active: list[bool], *, by_hand: bool = False) -> None:
+        """Refresh the due layers that are active on any rank; the others are not penalised until they are."""
         began = time.perf_counter()
-        group = self._group()
+        group, everything = self._group(), by_hand or len(self._due) == len(self._watched)
         active = distributed.any_rank(active, self._device(), group)
         chosen = {name: w for (name, w), on in zip(self._watched.items(), active, strict=True) if on}
+        for name in self._due - chosen.keys():
+            self._watched[name].rank = 0
+        if not chosen:
+            return
         try:
-            if chosen and self.criterion == "activation":
+            if self.criterion == "activation":
                 self._gather_outliers(chosen, group)
+                chosen = chosen if by_hand else self._without_idle(chosen, group)
             found, error = self._solve(chosen, group)
             distributed.raise_together(error, group)
             if self.criterion == "activation":
-                self._check_seen(chosen)
+                self._check_seen(chosen, everything)
             self._share(chosen, found, group)
-            for name in self._watched.keys() - chosen.keys():
-                self._watched[name].rank = 0
+            self._due -= chosen.keys()
         finally:  # after a failure too: merged once, the rows would count once for each rank the next time
             self._watch.clear()
         self.refresh_seconds = time.perf_counter() - began
+
+    def _without_idle(self, chosen: dict[str, _WatchedLayer], group: dist.ProcessGroup | None) -> dict:
+        """All but the layers that no forward pass came to and whose gradient is zero: they wait for their next use.
+
+        Experts that no token chose are such, and whole models in the step that distributed checkpointing takes to make
+        an optimizer's state.
+        """
+        unseen = [name for name in chosen if not len(self._watch.rows[name])]
+        grads = [self._watched[name].linear.weight.grad for name in unseen]
+        used = [grad is not None and bool(distributed.local(grad).any()) for grad in grads]
+        used = [self._watch.was_called(name) or on for name, on in zip(unseen, used, strict=True)]
+        used = dict(zip(unseen, distributed.any_rank(used, self._device(), group), strict=True))
+        for name, on in used.items():
+            self._watched[name].rank *= on
+        return {name: watched for name, watched in chosen.items() if used.get(name, True)}
 
     def _device(self) -> torch.device:
         return distributed.local(next(iter(self._watched.values())).linear.weight).device
@@ -476,13 +640,14 @@ class SelectiveSpectralDecay:
         if group is not None:
             distributed.merge_outliers(rows, self._device(), group)
 
-    def _check_seen(self, chosen: dict[str, _WatchedLayer]) -> None:
+    def _check_seen(self, chosen: dict[str, _WatchedLayer], everything: bool) -> None:
         """Whether the activation criterion had something to look at, in all layers or at least in one."""
         unseen = [name for name in chosen if not len(self._watch.rows[name])]
-        if unseen and len(unseen) == len(chosen):
+        if unseen and everything and len(unseen) == len(chosen):
             raise RuntimeError(
                 "criterion='activation' needs the forward pass of this training step, and saw none with gradients "
-                "enabled and finite activations: call attach() before the forward pass, or use criterion='spectral'"
+                "enabled and finite activations (those inside torch.func transforms are not seen): call attach() "
+                "before the forward pass, or use criterion='spectral'"
             )
         if unseen and not self._warned:
             self._warned = True
@@ -507,7 +672,8 @@ class SelectiveSpectralDecay:
             for name in members:
                 weight = distributed.whole(chosen[name].linear.weight)  # collective if sharded, so on every rank
                 if owners[list(chosen).index(name)] == rank:
-                    own[name] = chosen[name].linear.matrix(weight)
+                    # Of a kernel that was turned to channels_last, a copy.
+                    own[name] = chosen[name].linear.matrix(weight.contiguous() if weight.ndim > 3 else weight)
             if error is None:
                 try:
                     found |= self._solve_own(own)
@@ -631,11 +797,53 @@ class SelectiveSpectralDecay:
             "s2d/full_svds": float(sum(row["full_svd"] for row in rows)),
         }
 
+    def health(self) -> list[dict[str, Any]]:
+        """Whether each layer was acted on in the last step, and why not: ``pandas.DataFrame(decay.health())``.
+
+        Returns:
+            Rows with layer, acts (whether it was penalised in the last step of its optimizer, with effect), steps (in
+            how many it was), gradients (how many backward passes reached it), cause and repair (why it was not, and
+            what to do). Parameters that may be projections and are not watched follow, each a row.
+
+        Example:
+            >>> layer = torch.nn.Linear(2, 2)
+            >>> decay = SelectiveSpectralDecay(layer, criterion="all", k_max=1)
+            >>> decay.health()[0]["cause"]
+            'not attached'
+            >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+            >>> decay.attach(optimizer)
+            >>> layer(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> decay.health()[0]["acts"]
+            True
+        """
+        rows = self._attachment.health(self._why_not)
+        unseen = {
+            "cause": "not watched: its input arises inside its module, where criterion='activation' does not see it",
+            "repair": "use criterion='spectral' or 'all'",
+        }
+        return rows + [{"layer": n, "acts": False, "steps": 0, "gradients": 0} | unseen for n in self.unwatched]
+
+    def _why_not(self, name: str) -> tuple[str, str]:
+        """Why a layer that is in place was not penalised in the last step."""
+        watched, standing = self._watched[name], self._attachment.standings[name]
+        if not watched.linear.weight.requires_grad:
+            return "frozen", "none is needed, unless it should be trained: requires_grad_(True)"
+        if not standing.gradients and not watched.rank:
+            return "no gradient has reached it yet", "none is needed, if it is used later"
+        if name in self._due:
+            return "it had no gradient or forward pass at the refresh", "none is needed: its next use refreshes it"
+        if not watched.rank:
+            least = f"PCDR reaches tau={self.tau} for no k up to {self.k_max}"
+            return f"not selected: {least}", "none is needed; to penalise it, lower tau or raise k_max"
+        return "no gradient in the last step", "none is needed, if it was not used there"
+
     def summary(self) -> str:
-        """The metrics as one line."""
+        """How many layers act, and the metrics, as one line."""
         m = self.metrics()
         return (
-            f"S2D step {self.steps}: {m['s2d/components']:.0f} components in {m['s2d/layers']:.0f} of "
+            f"S2D step {self.steps}: {self._attachment.acting()} of {len(self._watched)} layers act, "
+            f"{m['s2d/components']:.0f} components in {m['s2d/layers']:.0f} of "
             f"{len(self._watched)} layers, penalty {m['s2d/penalty']:.3g}, largest sigma {m['s2d/sigma_1_max']:.3g}, "
             f"refresh {m['s2d/refresh_seconds']:.2f} s ({m['s2d/full_svds']:.0f} full SVDs)"
         )
@@ -657,7 +865,7 @@ class SelectiveSpectralDecay:
         similarity = {}
         for name, w in self._watched.items():
             if w.rank:
-                matrix = w.linear.matrix(distributed.whole(w.linear.weight))
+                matrix = w.linear.matrix(distributed.whole(w.linear.weight).contiguous())
                 fresh = solve_top_triplets([matrix], w.rank, warm_starts=[w.selected()], tol=REFRESH_TOL)[0].triplets
                 similarity[name] = penalty_cosine(w.selected(), fresh, power=self.power)
         return similarity
@@ -674,6 +882,10 @@ class SelectiveSpectralDecay:
                 state |= {f"{name}.{field}": getattr(w.triplets, field).clone() for field in ("u", "s", "v")}
                 state |= {f"{name}.{field}": getattr(w, field).clone() for field in ("pcdr", "info", "spent")}
                 state[f"{name}.info"][2] = 0  # the time it took is no part of where the run stands
+                if w.owed is not None:
+                    state[f"{name}.owed"] = w.owed.clone()
+            if name in self._due:
+                state[f"{name}.due"] = torch.tensor(1)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -683,12 +895,22 @@ class SelectiveSpectralDecay:
             ValueError: if the state is of other layers, other shapes or another k_max, or holds a rank that a layer
                 cannot have; nothing is changed then.
         """
+        if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
+            raise ValueError(f"the state is a {type(state).__name__}: load the state_dict() of a run, unchanged")
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or not torch.isfinite(value).all():
+                raise ValueError(
+                    f"the state holds no finite tensor as {key!r}: load the state_dict() of a run, unchanged"
+                )
         names = {key.rpartition(".")[0] for key in state if key != "steps"}
         if "steps" not in state or names != set(self._watched):
             strange = sorted(names ^ set(self._watched))[:3]
             raise ValueError(
                 f"the state is of another model or another choice of layers: {', '.join(strange) or 'no steps'}"
             )
+        steps = state["steps"].tolist()
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"the state holds steps {steps!r}: load the state_dict() of a run, unchanged")
         for name in names:
             given = [state[f"{name}.{field}"].shape for field in FIELDS if f"{name}.{field}" in state]
             given = given if not given or f"{name}.spent" in state else given[:-1]
@@ -700,15 +922,21 @@ class SelectiveSpectralDecay:
                     f"layer {name} is {self._watched[name].linear.shape} with k_max={self.k_max} here, but the state "
                     f"has u {tuple(given[0])} and v {tuple(given[2])}"
                 )
+            for field in ("spent", "owed"):
+                if f"{name}.{field}" in state and (not given or state[f"{name}.{field}"].shape != expected[3]):
+                    raise ValueError(
+                        f"the state of layer {name} has {field} {tuple(state[f'{name}.{field}'].shape)} for "
+                        f"{tuple(expected[3])} triplets: load the state_dict() of a run, unchanged"
+                    )
             rank, most = state[f"{name}.rank"].tolist(), len(state[f"{name}.s"]) if given else 0
             if rank not in range(most + 1):
                 raise ValueError(
                     f"layer {name} has rank {rank} in the state, which holds {most} triplets of it, so that only 0 to "
                     f"{most} are possible: load the state_dict() of a run, unchanged"
                 )
-        self._set_steps(int(state["steps"]))
+        self._due = {name for name in names if f"{name}.due" in state}
         for name, w in self._watched.items():
-            w.triplets, w.rank = None, 0
+            w.triplets, w.owed, w.rank = None, None, 0
             if f"{name}.u" in state:
                 like = self._empty_result(w)
                 u, s, v, pcdr, info = (
@@ -716,30 +944,12 @@ class SelectiveSpectralDecay:
                 )
                 w.set(SingularTriplets(u, s, v), pcdr, info, int(state[f"{name}.rank"]))
                 w.spent = state[f"{name}.spent"].clone().to(pcdr)
+                if f"{name}.owed" in state:
+                    w.owed = state[f"{name}.owed"].clone().to(pcdr)
+        self._set_steps(int(state["steps"]))
 
 
-def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside the wrappers of accelerate, Lightning and timm, whose step calls its step."""
-    for attribute in ("optimizer", "_base_optimizer"):
-        inner = getattr(optimizer, attribute, None)
-        if isinstance(inner, torch.optim.Optimizer):
-            return _unwrap(inner)
-    # torch marks the step methods whose hooks it runs; a class that skips Optimizer.__init__ would never call ours.
-    if not isinstance(optimizer, torch.optim.Optimizer) or not getattr(type(optimizer).step, "hooked", False):
-        raise ValueError(
-            f"attach() was given {type(optimizer).__name__}, which does not run step hooks: give the torch optimizer "
-            "inside it"
-        )
-    return optimizer
-
-
-def _check_number(name: str, value: Any, accept: Callable[[float], bool], repair: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not accept(value):
-        raise ValueError(f"{name} is {value!r}: {repair}")
-
-
-def _check_count(name: str, value: Any, repair: str, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}: {repair}")
+def _without_unseen(maps: dict[str, LinearMap]) -> tuple[dict[str, LinearMap], list[str]]:
+    """The maps whose input is an argument of their module, and the names of the others, unless that is all there is."""
+    seen = {name: linear for name, linear in maps.items() if linear.argument is not None}
+    return (seen, [name for name in maps if name not in seen]) if seen else (maps, [])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from s2d.checks import check_count, check_number, check_tensor
 
 FULL_SVD_BELOW = 128  # with fewer rows or columns than this a full SVD costs milliseconds
 KRYLOV_DEPTHS = (3, 4, 8)  # blocks in the Krylov space when convergence is looked at; after the last one it restarts
@@ -56,7 +59,7 @@ def as_matrix(weight: Tensor, name: str = "weight") -> Tensor:
 
     Raises:
         TypeError: if it is not a floating-point tensor.
-        ValueError: if it is not 2-D, has no entries, or holds NaN or infinity.
+        ValueError: if it is not 2-D, has no entries, holds NaN or infinity, is sparse or on the meta device.
 
     Example:
         >>> as_matrix(torch.ones(2, 3, dtype=torch.float16)).dtype
@@ -68,10 +71,35 @@ def as_matrix(weight: Tensor, name: str = "weight") -> Tensor:
     return _finite(weight, name)[0]
 
 
+def check_triplets(triplets: Any, shape: Sequence[int] | None = None, *, name: str = "triplets") -> None:
+    """Raise ValueError unless these are triplets, of a weight of this shape if one is given.
+
+    Example:
+        >>> check_triplets(SingularTriplets(torch.ones(2, 1), torch.ones(1), torch.ones(3, 1)), (2, 3))
+
+    Paper: none.
+    """
+    repair = "give SingularTriplets(u, s, v) with u (out_features, k), s (k,) and v (in_features, k)"
+    if not isinstance(triplets, tuple) or len(triplets) != 3 or not hasattr(triplets, "s"):
+        raise ValueError(f"{name} is a {type(triplets).__name__}: {repair}")
+    for part, ndim in zip(("u", "s", "v"), (2, 1, 2), strict=True):
+        check_tensor(f"{name}.{part}", getattr(triplets, part), repair, ndim=ndim)
+    k = len(triplets.s)
+    given = [tuple(part.shape) for part in triplets]
+    if not k or triplets.u.shape[1] != k or triplets.v.shape[1] != k:
+        raise ValueError(f"{name} has shapes {given}: {repair}")
+    if shape is not None and (len(triplets.u), len(triplets.v)) != tuple(shape):
+        raise ValueError(
+            f"{name} is of a {len(triplets.u)}x{len(triplets.v)} weight, this one is {tuple(shape)}: {repair}"
+        )
+
+
 def _check_matrix(weight: Tensor, name: str = "weight") -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name} is {kind}: a real floating-point tensor is needed")
+    if weight.layout is not torch.strided or weight.is_meta:
+        check_tensor(name, weight, "give a dense matrix")
     if weight.ndim != 2:
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}: expected (out_features, in_features); "
@@ -215,15 +243,17 @@ def solve_top_triplets(
 
     Paper: Algorithm 1, line 8. Method: Musco and Musco (2015); Weyl's inequality.
     """
+    for label, given in (("weights", weights), ("warm_starts", warm_starts)):
+        if not isinstance(given, (list, tuple)) and not (given is None and label == "warm_starts"):
+            raise ValueError(f"{label} is a {type(given).__name__}: give a list, with an entry for each weight")
     starts = [None] * len(weights) if warm_starts is None else list(warm_starts)
     if len(starts) != len(weights):
         raise ValueError(f"{len(starts)} warm starts were given for {len(weights)} weights")
     if len({(tuple(w.shape), w.dtype, w.device) for w in weights if isinstance(w, Tensor)}) > 1:
         raise ValueError("the weights differ in shape, dtype or device: solve each kind by itself")
-    if not (math.isfinite(tol) and tol > 0):
-        raise ValueError(f"tol is {tol}: give a positive number such as 1e-5")
-    if oversample < 1 or max_products < 1:
-        raise ValueError(f"oversample is {oversample} and max_products {max_products}: both must be at least 1")
+    tol = check_number("tol", tol, lambda value: value > 0, "give a positive number such as 1e-5")
+    oversample = check_count("oversample", oversample, "it must be at least 1")
+    max_products = check_count("max_products", max_products, "it must be at least 1")
     solved: list[SolvedTriplets] = []
     batch = _batch_size(weights)
     for first in range(0, len(weights), batch):
@@ -243,8 +273,10 @@ def _batch_size(weights: Sequence[Tensor]) -> int:
 
 def _check(weight: Tensor, k: int, start: SingularTriplets | None) -> None:
     m, n = weight.shape
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(m, n):
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= min(m, n):
         raise ValueError(f"k is {k}: a {m}x{n} weight has singular triplets 1 to {min(m, n)}")
+    if start is not None:
+        check_triplets(start, name="the warm start")
     if start is not None and (start.v.shape[0] != n or start.u.shape[0] != m):
         raise ValueError(f"the warm start is of a {start.u.shape[0]}x{start.v.shape[0]} weight, this one is {m}x{n}")
 

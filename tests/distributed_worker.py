@@ -191,9 +191,10 @@ class Recording(SelectiveSpectralDecay):
             DTensor.full_tensor = original
         self.traffic.append((refresh, communication.get_total_counts(), sizes))
 
-    def _refresh(self, active: list[bool]) -> None:
-        self.solved.append([])
-        super()._refresh(active)
+    def _refresh(self, active: list[bool], **options: Any) -> None:
+        if any(active):  # without, only layers that wait for a gradient were looked for
+            self.solved.append([])
+        super()._refresh(active, **options)
 
     def _solve_own(self, own: dict[str, Tensor]) -> Any:
         self.solved[-1] += list(own)
@@ -567,7 +568,7 @@ def no_forward_pass() -> dict[str, Any]:
     group = group_for_failures()
     model, optimizer, _ = replica(CACHED, group)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.ones_like(parameter)
     return outcome(optimizer.step) | {"usable": still_usable(group)}
 
 
@@ -592,7 +593,7 @@ def nan_activations_on_rank_0_only() -> dict[str, Any]:
     if dist.get_rank() == 0:
         model(torch.full((2, TOKENS, WIDTH), float("nan"), dtype=torch.float64))
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.ones_like(parameter)
     result = outcome(optimizer.step)
     return result | {"usable": still_usable(group), "ranks": [row["rank"] for row in decay.report()]}
 

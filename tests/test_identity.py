@@ -200,7 +200,9 @@ def code_names(recipe: Recipe) -> set[str]:
 
 
 def test_the_code_of_a_recipe_comes_from_its_imports() -> None:
-    loop = {"outliers.py", "files.py"} | {f"lab/{name}.py" for name in ("data", "files", "models", "training")}
+    loop = {"outliers.py", "checks.py", "files.py"} | {
+        f"lab/{name}.py" for name in ("data", "files", "models", "training")
+    }
     assert code_names(TINY) == code_names(SGD) == code_names(FINETUNE) == loop
     assert code_names(replace(TINY, optimizer=Orthogonal())) >= loop | {"lab/optimizers.py"}
     assert code_names(S2D) >= loop | {"regularizer.py", "pcdr.py", "spectral.py", "layers.py", "watch.py"}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from s2d import SelectiveSpectralDecay
+from s2d import SelectiveSpectralDecay, SpectralNormCap
 
 ROOT = Path(__file__).resolve().parents[1]
 # The libraries warn of their own deprecations, and Lightning of each small thing a tiny run does without.
@@ -368,6 +368,20 @@ def test_accelerate_equals_the_plain_loop():
     decay = accelerated(model)
     assert_same(model, by_hand(Network().double()), tolerance=1e-12)
     assert decay.steps == 6
+
+
+def test_accelerate_with_the_cap():
+    accelerate = pytest.importorskip("accelerate")
+    network = Network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    model, optimizer = accelerate.Accelerator(cpu=True).prepare(network, optimizer)
+    cap = SpectralNormCap(model, cap=0.1, every=2)
+    cap.attach(optimizer)
+    for _ in range(2):
+        optimizer.step()
+    assert cap.steps == 2
+    for linear in cap.layers.values():
+        assert torch.linalg.matrix_norm(linear.matrix().detach(), 2) < 0.1001
 
 
 def test_accelerate_resuming_equals_never_having_stopped(tmp_path):

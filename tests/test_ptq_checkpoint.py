@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,10 @@ from s2d.ptq.checkpoint import (
     TENSORS,
     _digest,
     load_quantized,
+    pack_codes,
     quantized_size,
     save_quantized,
+    unpack_codes,
 )
 from s2d.ptq.prepare import prepare
 from s2d.ptq.quantizers import AffineQuantizer
@@ -168,21 +172,80 @@ def test_excluded_layers_and_other_granularities(tmp_path: Path) -> None:
 # --- what is in the folder ---
 
 
-def test_weights_are_stored_as_their_codes_in_one_byte(quantized: nn.Module, folder: Path) -> None:
-    tensors = load_file(folder / TENSORS)
-    for name, site in quantized_layers(quantized).items():
-        assert tensors[f"{name}.weight"].dtype in (torch.int8, torch.uint8)
-        assert torch.equal(tensors[f"{name}.weight"].short(), site.weight_codes())
-        assert tensors[f"{name}.bias"].dtype == torch.float32
-    assert sorted(path.name for path in folder.iterdir()) == sorted([TENSORS, DESCRIPTION])
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["saved"]  # nothing temporary left
-
-
-def test_eight_bit_codes_fit_as_well(tmp_path: Path) -> None:
-    saved = quantize(vit(), w_bits=8, a_bits=8, calibration=images())
+@pytest.mark.parametrize("w_bits", [2, 3, 4, 8])
+def test_weights_are_stored_as_codes_of_as_many_bits(w_bits: int, tmp_path: Path) -> None:
+    saved = quantize(vit(), w_bits=w_bits, a_bits=8, calibration=images())
     save_quantized(saved, tmp_path / "saved")
     tensors = load_file(tmp_path / "saved" / TENSORS)
-    assert tensors["head.weight"].dtype == torch.uint8 and tensors["head.weight"].max() == 255
+    entries = json.loads((tmp_path / "saved" / DESCRIPTION).read_text())["tensors"]
+    for name, site in quantized_layers(saved).items():
+        stored, entry = tensors[f"{name}.weight"], entries[f"{name}.weight"]
+        assert stored.dtype == torch.uint8 and stored.numel() == -(-site.weight.numel() * w_bits // 8)
+        assert (entry["stored"], entry["bits"], entry["first"]) == ("packed", w_bits, 0)
+        assert torch.equal(unpack_codes(stored, w_bits, site.weight.shape), site.weight_codes())
+        assert tensors[f"{name}.bias"].dtype == torch.float32
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == sorted([TENSORS, DESCRIPTION])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]  # nothing temporary left
+
+
+@pytest.mark.parametrize("bits", range(1, 10))
+@pytest.mark.parametrize("shape", [(), (1,), (7, 3), (5, 0), (3, 1, 11)])
+def test_codes_are_packed_one_after_the_other(bits: int, shape: tuple[int, ...]) -> None:
+    codes = torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(bits))
+    packed = pack_codes(codes, bits)
+    by_hand = sum(code << (i * bits) for i, code in enumerate(codes.flatten().tolist()))
+    assert bytes(packed.tolist()) == by_hand.to_bytes(-(-codes.numel() * bits // 8), "little")
+    assert torch.equal(unpack_codes(packed, bits, shape), codes.short())
+
+
+def test_codes_of_several_parts_and_codes_that_do_not_fit() -> None:
+    codes = torch.randint(8, (2**20 + 5,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpack_codes(pack_codes(codes, 3), 3, codes.shape), codes.short())
+    for wrong in ([0, 8], [-1, 3]):
+        with pytest.raises(ValueError, match="3 bits hold 0 to 7"):
+            pack_codes(torch.tensor(wrong), 3)
+    with pytest.raises(ValueError, match="5 codes of 3 bits fill 2 bytes, not 3"):
+        unpack_codes(torch.zeros(3, dtype=torch.uint8), 3, (5,))
+
+
+def test_a_file_of_the_first_format_still_loads(quantized: nn.Module, folder: Path) -> None:
+    """It had a byte for each code, in the shape of the weight."""
+    description, tensors = json.loads((folder / DESCRIPTION).read_text()), load_file(folder / TENSORS)
+    for name, entry in description["tensors"].items():
+        if entry["stored"] == "packed":
+            first, bits = entry.pop("first"), entry.pop("bits")
+            tensors[name] = (unpack_codes(tensors[name], bits, entry["shape"]) + first).to(torch.uint8)
+            entry["stored"] = "codes"
+    save_file(tensors, folder / TENSORS)
+    data = (folder / TENSORS).read_bytes()
+    file = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(folder, tensors=description["tensors"], format=1, tensors_file=file)
+    with torch.no_grad():
+        assert torch.equal(load_quantized(vit(9), folder)(images()), quantized(images()))
+
+
+@pytest.mark.parametrize("method", ["rtn", "ptq4vit", "repq_vit"])
+def test_a_model_on_meta_takes_all_values_from_the_file(method: str, tmp_path: Path) -> None:
+    saved = quantize(vit(), method=method, w_bits=4, a_bits=4, calibration=images())
+    save_quantized(saved, tmp_path / "saved")
+    with torch.device("meta"):
+        empty = vit(9)
+    loaded = load_quantized(empty, tmp_path / "saved")
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), saved(images()))
+
+
+def test_a_pickled_model_is_saved_like_the_model(quantized: nn.Module, tmp_path: Path) -> None:
+    assert_same(pickle.loads(pickle.dumps(quantized)), vit(seed=9), tmp_path / "saved", images())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_put_into_half_precision_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    saved = quantize(vit(), w_bits=4, a_bits=8, calibration=images()).to(dtype)
+    loaded = assert_same(saved, vit(seed=9), tmp_path / "saved", images().to(dtype))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
 
 
 def test_a_weight_off_its_grid_is_stored_as_it_is(tmp_path: Path) -> None:
@@ -195,14 +258,16 @@ def test_a_weight_off_its_grid_is_stored_as_it_is(tmp_path: Path) -> None:
 
 def test_description_says_what_it_is(folder: Path) -> None:
     description = json.loads((folder / DESCRIPTION).read_text())
-    assert description["model"] == "VisionTransformer" and description["format"] == 1
+    assert description["model"] == "VisionTransformer" and description["format"] == 2
     assert description["quantization"]["w_bits"] == 4
     assert description["tensors"]["head.weight"] == {
         "key": "head.weight",
         "kind": "parameter",
         "shape": [5, 16],
         "dtype": "float32",
-        "stored": "codes",
+        "stored": "packed",
+        "first": 0,
+        "bits": 4,
     }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from s2d import ptq
 from s2d.ptq.checkpoint import load_quantized
 from s2d.ptq.command import main, run
+from s2d.ptq.command.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCH = "vit_tiny_patch16_224"
@@ -135,6 +136,116 @@ def test_options_exclusions_and_transforms_reach_the_method(folder: Path, capsys
     assert result["options"] == {"symmetric": True, "activations": "per_token"} and done == [3]
     assert result["coverage"]["left_out"] == ["head (excluded)"] and "test" not in result
     assert "note, then rtn, symmetric=True, activations=per_token" in out and "head (excluded)" in err
+
+
+# --- images as they come ---
+
+
+def grey_ramp(high: int) -> Tensor:
+    return torch.linspace(0, high, 16 * 12).round().view(12, 16)
+
+
+def as_seen(file: Path, mode: str = "RGB") -> Tensor:
+    """The pixels that a model's preprocessing gets, ``(H, W)`` or ``(H, W, 3)``."""
+    image = read_image(file, mode)
+    assert image.mode == mode
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, -1).squeeze(-1).float()
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_sixteen_bits_are_scaled(ending: str, mode: str, tmp_path: Path) -> None:
+    ramp = grey_ramp(65535)
+    Image.fromarray(ramp.to(torch.int32).numpy().astype("uint16")).save(tmp_path / f"a.{ending}")
+    seen = as_seen(tmp_path / f"a.{ending}", mode)
+    expected = (ramp / 257).round()
+    assert (seen - (expected if mode == "L" else expected[..., None])).abs().max() <= 1
+    assert seen.min() == 0 and seen.max() == 255 and len(seen.unique()) > 150
+
+
+def test_floating_point_from_zero_to_one_is_scaled(tmp_path: Path) -> None:
+    ramp = grey_ramp(191) / 191
+    Image.fromarray(ramp.numpy()).save(tmp_path / "a.tiff")
+    assert torch.equal(as_seen(tmp_path / "a.tiff", "L"), (ramp * 255 + 0.5).floor())
+
+
+@pytest.mark.parametrize("value", [255.0, -0.5, float("nan"), float("inf"), 1.01])
+def test_floating_point_of_another_range_is_refused(value: float, tmp_path: Path) -> None:
+    ramp = grey_ramp(191) / 191
+    ramp[3, 3] = value
+    Image.fromarray(ramp.numpy()).save(tmp_path / "odd.tiff")
+    with pytest.raises(ValueError, match="odd.tiff cannot be read as an image .it holds"):
+        read_image(tmp_path / "odd.tiff", "RGB")
+
+
+def test_whole_numbers_beyond_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    Image.fromarray((grey_ramp(65535) * 2).to(torch.int32).numpy()).save(tmp_path / "wide.tiff")
+    with pytest.raises(ValueError, match="wide.tiff .*numbers from 0 to 131070 instead of 0 to 65535"):
+        read_image(tmp_path / "wide.tiff", "RGB")
+
+
+def test_colours_of_other_kinds_are_those_that_one_sees(tmp_path: Path) -> None:
+    Image.new("CMYK", (4, 4), (255, 0, 255, 0)).save(tmp_path / "ink.tiff")  # cyan and yellow
+    assert (as_seen(tmp_path / "ink.tiff") == torch.tensor([0.0, 255, 0])).all()
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((0, 0), 0)
+    palette.save(tmp_path / "plain.png")
+    palette.save(tmp_path / "clear.png", transparency=bytes([0, 255]))
+    plain, clear = as_seen(tmp_path / "plain.png"), as_seen(tmp_path / "clear.png")
+    assert plain[0, 0].tolist() == [10, 20, 30] and clear[0, 0].tolist() == [255, 255, 255]
+    assert torch.equal(plain[1:], clear[1:]) and plain[1, 1].tolist() == [200, 100, 50]
+    Image.new("RGBA", (4, 4), (0, 0, 0, 51)).save(tmp_path / "faint.png")
+    assert (as_seen(tmp_path / "faint.png") == 204).all()
+    Image.new("1", (4, 4), 1).save(tmp_path / "bit.png")
+    assert (as_seen(tmp_path / "bit.png", "L") == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright(orientation: int, tmp_path: Path) -> None:
+    upright = Image.new("L", (8, 4))
+    upright.paste(255, (0, 0, 4, 2))  # the upper left is white
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpose that the tag says was done
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    expected = torch.zeros(4, 8)
+    expected[:2, :4] = 255
+    assert torch.equal(as_seen(tmp_path / "a.png", "L"), expected)
+
+
+def test_bombs_and_files_that_are_none_are_named(tmp_path: Path, monkeypatch, recwarn) -> None:
+    Image.new("L", (40, 40)).save(tmp_path / "big.png")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.png").write_text("no image")
+    Image.effect_noise((40, 40), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:600])
+    for pixels in (1500, 100):  # Pillow warns of the first and refuses the second
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+        with pytest.raises(ValueError, match="big.png cannot be read as an image .*repair or remove it"):
+            read_image(tmp_path / "big.png", "RGB")
+    monkeypatch.undo()
+    for name in ("empty.jpg", "text.png", "cut.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
+            read_image(tmp_path / name, "RGB")
+    assert not recwarn.list
+
+
+def test_a_folder_of_mixed_images(folder: Path, capsys) -> None:
+    (folder / "mixed" / "__MACOSX").mkdir(parents=True)
+    for hidden in ("._a.png", "__MACOSX/._b.png", ".c.jpg"):
+        (folder / "mixed" / hidden).write_bytes(b"\0\5\26\7")
+    Image.fromarray(grey_ramp(65535).to(torch.int32).numpy().astype("uint16")).save(folder / "mixed" / "deep.png")
+    Image.fromarray((grey_ramp(191) / 191).numpy()).save(folder / "mixed" / "float.tiff")
+    Image.new("CMYK", (20, 20), (9, 9, 9, 9)).save(folder / "mixed" / "ink.jpg")
+    Image.new("LA", (20, 20), (9, 100)).save(folder / "mixed" / "clear.png")
+    base = ["model.safetensors", "--arch", ARCH, *OPTIONS, "--calibration", "mixed", "--images", "4"]
+    assert main(base) == 0
+    assert "warning" not in capsys.readouterr().err
+    Image.fromarray(grey_ramp(191).numpy()).save(folder / "mixed" / "odd.tiff")
+    assert "mixed/odd.tiff cannot be read as an image (it holds numbers" in fails([*base[:-1], "5"], capsys)
 
 
 # --- data ---

@@ -108,6 +108,54 @@ def test_one_side_may_stay_in_floating_point() -> None:
     assert torch.isfinite(finish_qat(aware)(x)).all()
 
 
+class Language(nn.Module):
+    """Token ids in, logits out through a head that is the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.hidden, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(self.embed(ids)).tanh())
+
+
+def test_tied_weights_stay_tied_until_they_are_rounded() -> None:
+    model, ids = Language(), torch.randint(9, (8, 5), generator=torch.Generator().manual_seed(1))
+    aware = begin_qat(model, w_bits=4, a_bits=8, calibration=ids)
+    assert aware.head.weight is aware.embed.weight is not model.embed.weight
+    assert len(list(aware.parameters())) == len(list(model.parameters()))
+    optimizer = torch.optim.SGD(aware.parameters(), lr=0.5)
+    aware(ids).square().mean().backward()
+    optimizer.step()
+    assert aware.head.weight is aware.embed.weight
+    assert not torch.equal(aware.embed.weight, model.embed.weight)
+    with torch.no_grad():
+        trained, logits = aware.embed.weight.clone(), aware(ids)
+        finished = finish_qat(aware)
+        torch.testing.assert_close(finished(ids), logits)
+    assert torch.equal(finished.embed.weight, trained)  # as the training read it
+    assert all(len(row.unique()) <= 16 for row in finished.head.weight)
+
+
+def test_ties_that_the_copy_cannot_keep_are_refused() -> None:
+    class Conv1D(nn.Module):
+        """As in transformers: stored the other way round."""
+
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.nf, self.weight, self.bias = weight.shape[1], weight, nn.Parameter(torch.zeros(weight.shape[1]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight + self.bias
+
+    first = nn.Linear(4, 6, bias=False)
+    model = nn.Sequential(first, Conv1D(first.weight))
+    with pytest.raises(ValueError, match="0.weight and 1.weight share one weight.* exclude="):
+        begin_qat(model, w_bits=4, a_bits=4, calibration=torch.randn(8, 4))
+
+
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="w_bits is 1"):
         begin_qat(network(), w_bits=1, a_bits=4, calibration=torch.randn(8, 6))

@@ -1152,11 +1152,11 @@ def test_a_frozen_layer_is_not_touched(how: str, coupling: str, criterion: str) 
     "frozen", [range(4), range(4, 5), range(6, 8), range(2, 7), range(0, 18), ()], ids=lambda steps: str(list(steps))
 )
 def test_a_layer_frozen_for_a_while(frozen: Iterable[int], coupling: str) -> None:
-    # Refreshes are at 0, 3, 6, ...; a layer that is frozen at one has no penalty until the next.
+    # Refreshes are at 0, 3, 6, ...; a layer that is frozen at one is refreshed in the next step that trains it.
     model, twin = network(), network()
     optimizer, reference = sgd(model), sgd(twin)
     decay = attached(model, optimizer, lam=0.1, criterion="all", k_max=1, refresh_every=3, coupling=coupling)
-    penalty = [torch.zeros_like(weight) for weight in weights(twin)]
+    penalty: list[Tensor | None] = [None] * 3
     for step in range(18):
         for net, opt in ((model, optimizer), (twin, reference)):
             net[2].requires_grad_(step not in frozen)
@@ -1164,8 +1164,9 @@ def test_a_layer_frozen_for_a_while(frozen: Iterable[int], coupling: str) -> Non
             backward(net, step)
         for index, weight in enumerate(weights(twin)):
             if step % 3 == 0:
-                there = float(weight.grad is not None)
-                penalty[index] = 0.1 * there * penalty_matrix_literal(weight.detach(), 1, 2)
+                penalty[index] = None
+            if penalty[index] is None and weight.grad is not None:
+                penalty[index] = 0.1 * penalty_matrix_literal(weight.detach(), 1, 2)
             if weight.grad is not None and coupling == "gradient":
                 weight.grad += penalty[index]
             elif weight.grad is not None:
@@ -2158,7 +2159,8 @@ def test_a_step_without_a_forward_pass_to_look_at_is_refused(forward: str) -> No
     if forward == "under no_grad":
         with torch.no_grad():
             model(gaussian(2, 6))
-    zero_gradients(model)
+    for parameter in model.parameters():  # with zeros it would be a step that only makes the optimizer's state
+        parameter.grad = torch.ones_like(parameter)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match=r"criterion='activation' needs the forward pass.*criterion='spectral'"):
         optimizer.step()

@@ -649,7 +649,7 @@ def test_a_k_out_of_range_is_named(k) -> None:
         ({"tol": -1e-5}, "tol is -1e-05"),
         ({"tol": math.nan}, "tol is nan"),
         ({"tol": math.inf}, "tol is inf"),
-        ({"max_products": 0}, "max_products 0"),
+        ({"max_products": 0}, "max_products is 0"),
         ({"oversample": 0}, "oversample is 0"),
     ],
 )

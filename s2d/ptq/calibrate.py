@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +25,14 @@ def split_batches(calibration: Any, batch_size: int, device: torch.device | None
 
     Args:
         calibration: a tensor ``(N, ...)``; a tuple (positional arguments) or a mapping (keyword arguments) of tensors
-            with the same N, other values being passed on as they are; or a list of such batches, taken as it is.
+            with the same N, which may be nested (``({"x": x},)`` for a model that takes a mapping), other values being
+            passed on as they are; or a list of such batches, taken as it is.
         batch_size: N of a batch, at least 1.
         device: where the batches are put; None leaves them where they are.
 
     Raises:
-        ValueError: for data of another form, that is empty, or that holds NaN or infinity.
+        ValueError: for data of another form, that is empty, or that holds NaN or infinity (but for attention masks,
+            whose entries are minus infinity or nothing above zero).
 
     Example:
         >>> [len(batch) for batch in split_batches(torch.zeros(5, 3), 2)]
@@ -55,16 +59,32 @@ def _checked(batch: Any, device: torch.device | None) -> Any:
     """A batch on its device, neither empty nor with NaN."""
     if min(_lengths(batch), default=0) == 0:
         raise ValueError("the calibration set is empty: give at least one image")
-    if not all(all_finite(tensor) for tensor in _tensors(batch)):
+    if not all(all_finite(tensor) or _is_mask(tensor) for tensor in _tensors(batch)):
         raise ValueError("the calibration set holds NaN or infinity: check the images")
     return _mapped(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
 
 
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether this is what is added to attention logits: minus infinity for what is hidden, else nothing above zero."""
+    return bool((tensor <= 0).all()) and bool((tensor > -math.inf).any())
+
+
 def _tensors(batch: Any) -> list[Tensor]:
+    """All tensors of a batch, however deep in sequences, mappings and dataclasses."""
     if isinstance(batch, Tensor):
         return [batch]
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return [value for value in values if isinstance(value, Tensor)]
+    return [tensor for value in _parts(batch).values() for tensor in _tensors(value)]
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """What a container holds, by key, position or field; nothing for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value.items())
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    return {}
 
 
 def _lengths(batch: Any) -> list[int]:
@@ -77,12 +97,21 @@ def _lengths(batch: Any) -> list[int]:
     return sorted({len(tensor) for tensor in _tensors(batch) if tensor.ndim})
 
 
-def _mapped(batch: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: function(value) for key, value in batch.items()}
-    return tuple(function(value) for value in batch)
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The same containers with ``function`` of everything in them that is none itself."""
+    if isinstance(value, Mapping):
+        made = {key: _mapped(inner, function) for key, inner in value.items()}
+        if type(value) is dict or not hasattr(value, "update"):
+            return made
+        like = copy.copy(value)  # models may ask a mapping of their tokenizer's class for its attributes
+        like.update(made)
+        return like
+    if isinstance(value, (tuple, list)):
+        made = [_mapped(inner, function) for inner in value]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{key: _mapped(v, function) for key, v in _parts(value).items()})
+    return function(value)
 
 
 def _slice(batch: Any, n: int, start: int, stop: int) -> Any:
@@ -94,8 +123,10 @@ def _slice(batch: Any, n: int, start: int, stop: int) -> Any:
 
 def first_items(batches: list[Any], count: int = 2) -> Any:
     """The first few items of the first batch, enough to see what a model is made of; all of it if it cannot be cut."""
-    lengths = _lengths(batches[0])
-    return _slice(batches[0], lengths[0], 0, count) if len(lengths) == 1 else batches[0]
+    lengths, tensors = _lengths(batches[0]), _tensors(batches[0])
+    # A mask of tokens by tokens beside them is no set of items, even where there are as many items as tokens.
+    square = len(tensors) > 1 and any(tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] for tensor in tensors)
+    return _slice(batches[0], lengths[0], 0, count) if len(lengths) == 1 and not square else batches[0]
 
 
 class Shared:
@@ -298,11 +329,13 @@ def _cat(tensors: Iterable[Tensor]) -> Tensor:
     tensors = list(tensors)
     if len(tensors) == 1:
         return tensors[0]
-    if len({tensor.shape[1:] for tensor in tensors}) > 1:
-        if len({tensor.shape[-1] for tensor in tensors}) > 1:
-            raise ValueError("calibration batches of different sequence lengths: pad them to one length")
-        tensors = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    return torch.cat(tensors)
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return torch.cat(tensors)
+    if len({tensor.shape[-1] for tensor in tensors}) == 1:
+        return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+    if len({tensor.shape[-2] for tensor in tensors}) == 1:  # keys, which come transposed
+        return torch.cat([tensor.movedim(-2, 0).flatten(1) for tensor in tensors], 1)
+    return torch.cat([tensor.reshape(-1, 1) for tensor in tensors])  # probabilities: queries by keys
 
 
 def _collect_gradients(

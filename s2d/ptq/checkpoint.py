@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,23 @@ from s2d.packages import need
 
 # Imported so that QUANTIZERS knows their classes; those of the methods come with the package itself.
 from s2d.ptq import log_sqrt2, twin_uniform  # noqa: F401
+from s2d.ptq.copies import independent_copy
 from s2d.ptq.prepare import Layout, build, layout_of
 from s2d.ptq.quantizers import QUANTIZERS, Quantizer
 from s2d.ptq.sites import quantized_layers, set_mode, sites
 
-FORMAT = 1
+FORMAT = 2
+# Format 1 spent a whole byte on a code.
+_READABLE = (1, FORMAT)
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
-# The smallest first: 8-bit codes run from -128 to 127 or from 0 to 255.
-_CODE_DTYPES = (torch.int8, torch.uint8, torch.int16)
 
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a quantized model, whole or not at all.
 
-    The folder holds ``model.safetensors`` (weights as integer codes, the grids, everything else as it is) and
-    ``quantization.json`` (what is where, with a SHA-256 of both). A weight that its codes do not give back bit for bit
-    (an 8-bit grid in bfloat16, say) is stored in floating point.
+    The folder holds ``model.safetensors`` (weights as integer codes of n bits each, packed; the grids; everything else
+    as it is) and ``quantization.json`` (what is where, with a SHA-256 of both). A weight that its codes do not give
+    back bit for bit (an 8-bit grid in bfloat16, say) is stored in floating point.
 
     Args:
         model: from :func:`s2d.ptq.quantize`; left untouched.
@@ -141,10 +142,14 @@ def _described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     entries, tensors = {}, {}
     for name, (kind, tensor) in _own_tensors(model).items():
         key = keys.setdefault(id(tensor), name)
-        stored = codes.get(id(tensor), tensor.detach())
         entries[name] = {"key": key, "kind": kind, "shape": list(tensor.shape), "dtype": _name(tensor.dtype)}
-        entries[name]["stored"] = "codes" if id(tensor) in codes else "values"
-        tensors[key] = stored
+        if id(tensor) in codes:
+            first, bits = int(codes[id(tensor)].min()), _width(codes[id(tensor)])
+            tensors[key] = pack_codes(codes[id(tensor)] - first, bits)
+            entries[name] |= {"stored": "packed", "first": first, "bits": bits}
+        else:
+            tensors[key] = tensor.detach()
+            entries[name]["stored"] = "values"
     modules: list[dict[str, Any]] = []
     prefixes: dict[int, str] = {}  # layers may share a rotation
     for site, attribute, module in attached(model):
@@ -169,15 +174,84 @@ def _described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _codes(site: nn.Module) -> Tensor | None:
-    """The codes of a weight in the smallest integer type; None where they do not give it back bit for bit."""
+    """The codes of a weight; None where they do not give it back bit for bit."""
     quantizer = site.weight_quantizer
-    if quantizer is None:
+    if quantizer is None or site.weight.numel() == 0:
         return None
     codes = site.weight_codes()
-    if not torch.equal(_from_codes(quantizer, codes, site.weight.dtype), site.weight):
-        return None
-    low, high = codes.aminmax()
-    return next(codes.to(t) for t in _CODE_DTYPES if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
+    return codes if torch.equal(_from_codes(quantizer, codes, site.weight.dtype), site.weight) else None
+
+
+def _width(codes: Tensor) -> int:
+    """How many bits each of these codes needs, counted from the least."""
+    return max(1, int(codes.max() - codes.min()).bit_length())
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes one after the other without gaps, each in a few bits, the least significant first.
+
+    Args:
+        codes: of any shape and integer type, from 0 to 2^bits - 1.
+        bits: 1 to 16.
+
+    Returns:
+        uint8, ``(ceil(codes.numel() * bits / 8),)``.
+
+    Raises:
+        ValueError: for codes out of range.
+
+    Example:
+        >>> pack_codes(torch.tensor([1, 2, 15]), 4).tolist()  # two a byte
+        [33, 15]
+
+    Paper: none.
+    """
+    codes = codes.flatten().to(torch.int32)
+    if codes.numel() == 0:
+        return codes.to(torch.uint8)
+    if not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
+        raise ValueError(
+            f"codes run from {int(codes.min())} to {int(codes.max())}: {bits} bits hold 0 to {2**bits - 1}"
+        )
+    packed = []
+    for part in codes.split(2**20):  # eight codes fill whole bytes, so that parts can be joined
+        digits = (part[:, None] >> torch.arange(bits, device=codes.device)) & 1
+        digits = torch.nn.functional.pad(digits.flatten(), (0, -digits.numel() % 8)).view(-1, 8)
+        packed.append((digits << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8))
+    return torch.cat(packed)
+
+
+def unpack_codes(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    """What :func:`pack_codes` packed.
+
+    Args:
+        packed: uint8, one-dimensional.
+        bits: of a code.
+        shape: of the codes.
+
+    Returns:
+        int16, of that shape.
+
+    Raises:
+        ValueError: for a number of bytes that is not that of such codes.
+
+    Example:
+        >>> unpack_codes(torch.tensor([33, 15], dtype=torch.uint8), 4, (3,)).tolist()
+        [1, 2, 15]
+
+    Paper: none.
+    """
+    count = math.prod(shape)
+    if packed.numel() != math.ceil(count * bits / 8):
+        raise ValueError(f"{count} codes of {bits} bits fill {math.ceil(count * bits / 8)} bytes, not {packed.numel()}")
+    if count == 0:
+        return packed.to(torch.int16).view(tuple(shape))
+    found = []
+    for part in packed.split(bits * 2**17):
+        digits = (part[:, None].to(torch.int32) >> torch.arange(8, device=packed.device)) & 1
+        digits = digits.flatten()[: digits.numel() // bits * bits].view(-1, bits)
+        found.append((digits << torch.arange(bits, device=packed.device)).sum(1).to(torch.int16))
+    return torch.cat(found)[:count].view(tuple(shape))
 
 
 def _from_codes(quantizer: Quantizer, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,7 +281,8 @@ def load_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modul
     """Read a quantized model: the same output, bit for bit, as the model that was saved.
 
     Args:
-        model: of the same architecture in floating point, with any weights, on the device wanted; left untouched.
+        model: of the same architecture in floating point, with any weights, on the device wanted, or on ``meta``
+            without any (the result is on the CPU then); left untouched.
         folder: from :func:`save_quantized`.
 
     Returns:
@@ -233,9 +308,9 @@ def load_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modul
         raise ValueError(f"{file} is no safetensors file ({error}): save the model again") from None
     if sites(model):
         raise ValueError(f"{type(model).__name__} is quantized already: give a freshly built model in floating point")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     try:
-        loaded = build(copy.deepcopy(model).eval(), Layout(**description["layout"]))
+        loaded = build(independent_copy(model).eval(), Layout(**description["layout"]))
         if type(loaded).__name__ != description["model"]:  # after building: a model that is one layer becomes a site
             raise ValueError(f"the file is of a {description['model']}")
         _attach(loaded, description, tensors)
@@ -266,11 +341,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}): copy it again, or save the model again") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if not isinstance(description, dict) or description.get("format") not in _READABLE:
         version = description.get("format") if isinstance(description, dict) else None
         raise ValueError(
-            f"{file} has format version {version!r}, this is s2d {__version__} and reads {FORMAT}: install the version "
-            "of s2d that wrote it, or save the model again"
+            f"{file} has format version {version!r}, this is s2d {__version__} and reads {_READABLE[0]} to {FORMAT}: "
+            "install the version of s2d that wrote it, or save the model again"
         )
     for module in description.get("modules", ()):
         _class(module["class"], file)
@@ -334,12 +409,17 @@ def _fill(model: nn.Module, description: dict[str, Any], tensors: dict[str, Tens
         key = entry["key"]
         if key not in made:
             tensor = tensors[key]
-            if entry["stored"] == "codes":
+            if entry["stored"] == "packed":
+                tensor = unpack_codes(tensor, entry["bits"], entry["shape"]) + entry["first"]
+            if entry["stored"] in ("packed", "codes"):
                 tensor = _from_codes(owners[id(old)].weight_quantizer, tensor, getattr(torch, entry["dtype"]))
             if entry["kind"] == "parameter":
                 tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and _trains(old))
             made[key] = tensor
         _place(model, name, entry["kind"], made[key])
+    empty = next((name for name, (_, tensor) in _own_tensors(model).items() if tensor.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"the file lacks {empty}, which the model has on the meta device")
 
 
 def _trains(old: Tensor | None) -> bool:
@@ -362,7 +442,7 @@ def _place(model: nn.Module, name: str, kind: str, tensor: Tensor) -> None:
 def quantized_size(model: nn.Module, float_model: nn.Module) -> dict[str, float]:
     """How many bytes a quantized model takes with every code packed into its n bits.
 
-    :func:`save_quantized` spends a whole byte on a code, so its file is larger below 8 bits.
+    The file of :func:`save_quantized` is larger by its headers, and by what its description says.
 
     Args:
         model: from :func:`s2d.ptq.quantize`.

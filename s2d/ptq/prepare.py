@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import warnings
 from collections.abc import Sequence
@@ -11,10 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from s2d.layers import is_conv1d_of_gpt2
 from s2d.ptq.attention import SplitAttention
 from s2d.ptq.calibrate import first_items
+from s2d.ptq.copies import independent_copy
 from s2d.ptq.sites import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -33,6 +36,8 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
+# Hooks that compute a weight before each call (pruning, the older norms of weights): the site has that weight itself.
+_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 # Names of one attention's products: a second pair (self- and cross-attention in one module) is numbered.
 _PRODUCT = "{kind}_product{number}"
 
@@ -90,7 +95,10 @@ def prepare(model: nn.Module, batches: Any, *, exclude: str | Sequence[str] = ()
     batches = batches if isinstance(batches, list) else [batches]
     exclude = [exclude] if isinstance(exclude, str) else exclude
     quantized = nn.Module()
-    quantized.model = copy.deepcopy(model).eval()  # in a box, so that the model itself may be a layer
+    empty = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"{empty} is on the meta device, without values: load the model's weights first")
+    quantized.model = independent_copy(model).eval()  # in a box, so that the model itself may be a layer
     inner = quantized.model
     if any(isinstance(module, Site) for module in inner.modules()):
         raise ValueError("the model is quantized already: quantize the original model instead")
@@ -112,6 +120,13 @@ def prepare(model: nn.Module, batches: Any, *, exclude: str | Sequence[str] = ()
         _compare(expected, tensors_of(call(result, sample)), type(model).__name__)
     if layout.left_out:
         warnings.warn("left in floating point: " + "; ".join(layout.left_out), stacklevel=3)
+    values = [tensor for tensor in expected if tensor.is_floating_point()]
+    if values and not any(tensor.any() for tensor in values):
+        warnings.warn(
+            f"{type(model).__name__} gives nothing but zeros (timm starts some heads at zero): an error relative to "
+            "its output has no meaning, load or initialise its last layer",
+            stacklevel=3,
+        )
     return result
 
 
@@ -260,14 +275,18 @@ def _site(layer: nn.Module, name: str, known: dict) -> Site:
         layer = transposed
     site = kind(layer, name, **known)
     for hooks in _HOOKS:
-        getattr(site, hooks).update(getattr(layer, hooks, {}))
+        kept = {key: hook for key, hook in getattr(layer, hooks, {}).items() if not isinstance(hook, _WEIGHT_HOOKS)}
+        getattr(site, hooks).update(kept)
     return site
 
 
 def _replace(box: nn.Module, name: str, new: nn.Module) -> None:
-    path = f"model.{name}" if name else "model"
-    parent, _, child = path.rpartition(".")
-    setattr(box.get_submodule(parent), child, new)
+    """Put a module in the place of the named one, under every name that it has."""
+    old = box.get_submodule(f"model.{name}" if name else "model")
+    for parent in list(box.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                setattr(parent, child, new)
 
 
 def layout_of(model: nn.Module) -> Layout:

@@ -34,6 +34,9 @@ def begin_qat(
     tensor) have the range of least squared error on the calibration data, and stay. Train the copy with any loop and
     optimizer, then call :func:`finish_qat`.
 
+    Weights that layers share, such as those of a head and an embedding, stay shared while training; the embedding reads
+    them unrounded.
+
     Args:
         model: what to start from; left untouched.
         w_bits, a_bits, calibration, exclude, batch_size: see :func:`s2d.ptq.quantize`.
@@ -43,7 +46,7 @@ def begin_qat(
         The copy, in training mode.
 
     Raises:
-        ValueError: see :func:`s2d.ptq.quantize`.
+        ValueError: see :func:`s2d.ptq.quantize`; for shared weights that the copy stores in different forms.
 
     Example:
         >>> import torch
@@ -59,6 +62,7 @@ def begin_qat(
     with torch.inference_mode(False):
         batches = split_batches(calibration, batch_size, device_of(model))
         quantized = prepare(model, batches, exclude=exclude)
+        _tie(quantized, _shared_names(model))
         if a_bits not in SWITCHED_OFF:
             calibrate_inputs(quantized, batches, a_bits, symmetric=symmetric, ranges="mse")
         if w_bits not in SWITCHED_OFF:
@@ -71,8 +75,45 @@ def begin_qat(
     return quantized.train()
 
 
+def _shared_names(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
+    return [found for found in names.values() if len(found) > 1]
+
+
+def _tie(model: nn.Module, shared: list[list[str]]) -> None:
+    """Let names have one parameter again, of which each site of a prepared model has its own, in place."""
+    for names in shared:
+        owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        found = [module._parameters.get(leaf) for module, leaf in owners]
+        if all(parameter is None for parameter in found):  # of an attention taken apart, which is one module
+            continue
+        if any(parameter is None or parameter.shape != found[0].shape for parameter in found):
+            raise ValueError(
+                f"{' and '.join(names)} share one weight, which the copy stores in different forms, so that training "
+                "would move them apart: untie them, or leave one in floating point with exclude="
+            )
+        for module, leaf in owners:
+            module._parameters[leaf] = found[0]
+
+
+def _untie(model: nn.Module) -> None:
+    """Give each site that is rounded a weight of its own, in place, so that what shares it stays in floating point."""
+    owners: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), set()).add(module)
+    for site in quantized_layers(model).values():
+        if site.weight_quantizer is not None and len(owners[id(site.weight)]) > 1:
+            site.weight = nn.Parameter(site.weight.detach().clone(), requires_grad=site.weight.requires_grad)
+
+
 def finish_qat(model: nn.Module) -> nn.Module:
     """Put the trained weights on their grids for good, in place; the result is an ordinary quantized model.
+
+    Layers that shared a weight while training each keep a rounded one, and an embedding the unrounded one.
 
     Raises:
         ValueError: if the model is not from :func:`begin_qat`, or a weight is not finite.
@@ -81,6 +122,7 @@ def finish_qat(model: nn.Module) -> nn.Module:
     """
     if not quantized_layers(model) or any(site.mode != "train" for site in sites(model).values()):
         raise ValueError(f"{type(model).__name__} is not in quantization-aware training: make it with begin_qat")
+    _untie(model)
     for site in quantized_layers(model).values():
         if site.weight_quantizer is not None:
             site.weight_quantizer.observe(site.weight.detach())

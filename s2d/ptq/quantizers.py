@@ -333,11 +333,23 @@ class Quantizer(nn.Module, ABC):
         if self.scale is None:
             raise ValueError("the quantizer is not calibrated: observe() data, then freeze()")
 
+    def _apply(self, fn, recurse=True):
+        # A model in half precision keeps its grids: a step rounded to eight bits would move every value off its code.
+        grids = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in grids.items():
+            if self._buffers[name].dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(self._buffers[name].device)
+        return self
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # Torch would ignore a None buffer (strict loading calls its value unexpected) and refuse another shape.
         for name in self._buffers.keys() - self._non_persistent_buffers_set:
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        for name in self._non_persistent_buffers_set:
+            if self._buffers[name] is not None and self._buffers[name].is_meta:
+                setattr(self, name, None)  # what was observed is of no use without its values
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -614,6 +626,51 @@ class AffineQuantizer(Quantizer):
         if self.granularity != "per_group":
             return grid
         return grid.repeat_interleave(self.group_size, -1)[..., : x.shape[-1]]
+
+    def for_heads(self, x: Tensor, *, packed: bool = False) -> AffineQuantizer:
+        """This quantizer, or one that fits data whose attention heads come in another form than in calibration.
+
+        A grid for each of H heads (``per_channel`` along axis -3) meets other shapes where keys and values are shared
+        by groups of heads: a product may see them repeated or not, and a single query with its group as rows.
+
+        Args:
+            x: ``(..., heads, rows, K)``.
+            packed: whether the heads of a group, where they are missing, are x's rows (of queries and probabilities).
+
+        Returns:
+            Itself where the grid fits. Else its copy with a grid for each of x's ``heads``, as wide as the widest of
+            the group, or exactly the group's where they are the rows; one grid as wide as the widest where the number
+            of heads does not divide H.
+
+        Raises:
+            ValueError: for asymmetric grids by head, which have no widest.
+
+        Example:
+            >>> q = AffineQuantizer(4, symmetric=True, granularity="per_channel", axis=-3)
+            >>> q.set_grid(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1))
+            >>> q.for_heads(torch.zeros(1, 2, 5, 8)).scale.flatten()  # two heads, each read by a group of two
+            tensor([2., 4.])
+
+        Paper: none.
+        """
+        by_head = self.granularity == "per_channel" and self.axis == -3 and self.scale is not None
+        if not by_head or (x.ndim >= 3 and x.shape[-3] == len(self.scale)):
+            return self
+        if not self.symmetric:
+            raise ValueError(
+                f"the data has shape {tuple(x.shape)}, the grids are of {len(self.scale)} heads and asymmetric: "
+                "give data with as many heads"
+            )
+        heads = x.shape[-3] if x.ndim >= 3 else 1
+        group = len(self.scale) // heads
+        fitted = type(self)(**self.config())
+        if group * heads != len(self.scale):
+            fitted.set_grid(self.scale.amax(0, keepdim=True))
+        elif packed and x.shape[-2] == group:
+            fitted.set_grid(self.scale.view(heads, group, 1))
+        else:
+            fitted.set_grid(self.scale.view(heads, group).amax(1).view(heads, 1, 1))
+        return fitted
 
     def codes(self, x: Tensor) -> Tensor:
         x = x.detach()

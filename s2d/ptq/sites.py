@@ -7,16 +7,22 @@ an attention keeps its class), so attributes, state-dict keys and every way of c
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from s2d.ptq.quantizers import Quantizer
+from s2d.ptq.copies import copied_function
+from s2d.ptq.quantizers import AffineQuantizer, Quantizer
 
 MODES = ("float", "observe", "quantized", "train")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -177,8 +183,8 @@ class QuantizedProduct(Site):
         if self.mode == "observe":
             return self._observed((left, right), product(left, right))
         if self.mode in ("quantized", "train"):
-            left = left if self.left_quantizer is None else self.left_quantizer(left)
-            right = right if self.right_quantizer is None else self.right_quantizer(right)
+            left = _quantized(self.left_quantizer, left, packed=True)
+            right = _quantized(self.right_quantizer, right, packed=False)
         return product(left, right)
 
     def input_quantizers(self) -> tuple[Quantizer | None, ...]:
@@ -189,6 +195,12 @@ class QuantizedProduct(Site):
         transformed = self.left_transform is not None or self.right_transform is not None
         used = self.left_quantizer is not None or self.right_quantizer is not None
         return transformed or self.mode == "observe" or (self.mode != "float" and used)
+
+
+def _quantized(quantizer: Quantizer | None, x: Tensor, packed: bool) -> Tensor:
+    if isinstance(quantizer, AffineQuantizer):
+        quantizer = quantizer.for_heads(x, packed=packed)
+    return x if quantizer is None else quantizer(x)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -215,8 +227,10 @@ _NAMES |= {torch.addmm: ("input", "mat1", "mat2")}
 
 
 def positional(function: Callable, args: tuple, kwargs: dict | None) -> tuple[tuple, dict]:
-    """The arguments with the factors of a product in their places, however the caller named them."""
+    """The arguments with the factors of a product in their places, however the caller named them or listed them."""
     args, kwargs = list(args), dict(kwargs or {})
+    if function is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
+        args = [args[0], *args[1]]
     for name in _NAMES.get(function, ())[len(args) :]:
         if name not in kwargs:
             break
@@ -240,30 +254,51 @@ def factors(function: Callable, args: tuple) -> tuple[int, int] | None:
     return None if function is not torch.einsum and left.shape[-1] == 1 else places
 
 
-class _Interception(TorchFunctionMode):
-    """Sends the products of one attention through its sites, in the order in which they come."""
+class _Running(threading.local):
+    """The interceptions of the calls that this thread is in, the innermost last; torch's modes are a thread's too."""
 
-    active: list[_Interception | None] = []  # the innermost last
+    def __init__(self) -> None:
+        self.stack: list[_Interception | None] = []
+
+
+_RUNNING = _Running()
+
+
+def _step_out(module: nn.Module, args: tuple) -> None:
+    """Hook before a module inside an attention: its products are its own, none of the attention's."""
+    if _RUNNING.stack and _RUNNING.stack[-1] is not None:
+        _RUNNING.stack[-1].outside += 1
+
+
+def _step_back(module: nn.Module, args: tuple, output: Any) -> None:
+    """Hook after it, also after an exception."""
+    if _RUNNING.stack and _RUNNING.stack[-1] is not None:
+        _RUNNING.stack[-1].outside -= 1
+
+
+class _Interception(TorchFunctionMode):
+    """Sends the products of one call of an attention through its sites, in the order in which they come."""
 
     def __init__(self, attention: nn.Module, plan: list[str | None]) -> None:
         super().__init__()
         self.attention, self.plan, self.position = attention, plan, 0
+        self.outside = 0  # how many modules inside the attention are being called
 
-    @classmethod
+    @staticmethod
     @contextmanager
-    def paused(cls) -> Iterator[None]:
-        cls.active.append(None)
+    def paused() -> Iterator[None]:
+        _RUNNING.stack.append(None)
         try:
             yield
         finally:
-            cls.active.pop()
+            _RUNNING.stack.pop()
 
     def __enter__(self):
-        self.active.append(self)
+        _RUNNING.stack.append(self)
         return super().__enter__()
 
     def __exit__(self, *exception):
-        self.active.pop()
+        _RUNNING.stack.pop()
         return super().__exit__(*exception)
 
     def _next(self) -> QuantizedProduct | None:
@@ -289,8 +324,8 @@ class _Interception(TorchFunctionMode):
         return F.linear(*args, **kwargs)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        # An attention inside this one has its own.
-        if function not in _FOLLOWED or self.active[-1] is not self:
+        # An attention inside this one has its own; and any other module's products are not this one's.
+        if function not in _FOLLOWED or _RUNNING.stack[-1] is not self or self.outside:
             return function(*args, **(kwargs or {}))
         args, kwargs = positional(function, args, kwargs)
         if function is F.linear:
@@ -352,7 +387,47 @@ class _Attention:
 
     def forward(self, *args, **kwargs):
         with _Interception(self, self.__dict__["product_plan"]):
-            return super().forward(*args, **kwargs)
+            own = self.__dict__["own_forward"]
+            return super().forward(*args, **kwargs) if own is None else own(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        # The class was made at run time, so pickle and copy are told what it was made from.
+        make, args, *rest = super().__reduce_ex__(protocol)
+        if make is copyreg.__newobj__ and args[0] is type(self):
+            make, args = _new_attention, (type(self).__mro__[2], *args[1:])
+        return make, args, *rest
+
+
+@cache
+def _attention_class(original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Quantized{original.__name__}", (_Attention, original), {"__module__": __name__})
+
+
+def _new_attention(original: type[nn.Module], *args: Any) -> nn.Module:
+    """An attention still without its state, when it is read from a pickle or copied."""
+    made = _attention_class(original)
+    return made.__new__(made, *args)
+
+
+class _Bound:
+    """An instance's forward that is no plain method, called as one."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, module: nn.Module, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Bound:
+        return _Bound(copied_function(self.function, memo))
+
+
+def _own_forward(attention: nn.Module) -> Callable | None:
+    """Takes away a forward that was set on the instance, as a function of the module and the inputs."""
+    forward = attention.__dict__.pop("forward", None)
+    if isinstance(forward, MethodType) and forward.__self__ is attention:
+        return forward.__func__
+    return None if forward is None else _Bound(forward)
 
 
 def attach_products(
@@ -361,9 +436,10 @@ def attach_products(
     """Give an attention module its product sites, in place.
 
     Args:
-        attention: the module whose forward makes the products.
+        attention: the module whose forward makes the products; one set on the instance is kept.
         plan: in the order of the products of one call, the attribute that holds each site (``"qk_product"``,
-            ``"pv_product"``), or None for a product that stays in floating point.
+            ``"pv_product"``), or None for a product that stays in floating point. Products of modules inside the
+            attention (relative positions, say) do not count.
         name: of the attention in the model.
         direct_layers: its Linear layers whose weight its forward uses without calling them.
     """
@@ -371,8 +447,16 @@ def attach_products(
         site = QuantizedProduct(f"{name}.{attribute}".lstrip("."), attribute[:2])
         attention.add_module(attribute, site)
     attention.__dict__["product_plan"], attention.__dict__["direct_layers"] = list(plan), list(direct_layers)
-    original = type(attention)
-    attention.__class__ = type(f"Quantized{original.__name__}", (_Attention, original), {"__module__": __name__})
+    attention.__dict__["own_forward"] = _own_forward(attention)
+    attention.__class__ = _attention_class(type(attention))
+    for module in attention.modules():
+        ours = isinstance(module, (Site, _Attention, Quantizer))
+        # Torch's own modules make no product that is followed, unless someone changed them.
+        plain = type(module).__module__.startswith("torch.nn.") and "forward" not in module.__dict__
+        plain |= isinstance(module, torch.jit.ScriptModule)  # in which nothing is followed
+        if not ours and not plain and _step_out not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_step_out, prepend=True)
+            module.register_forward_hook(_step_back, always_call=True)
 
 
 # --- all sites of a model --------------------------------------------------------------------------------------------

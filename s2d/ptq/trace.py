@@ -7,6 +7,7 @@ the module that calls it; results carry a mark of where they came from.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from s2d.layers import is_conv1d_of_gpt2
 from s2d.ptq.attention import call_kind
+from s2d.ptq.census import Census
 from s2d.ptq.sites import CONVOLUTIONS, factors, positional
 
 MARK = "_s2d_origin"
@@ -36,12 +38,6 @@ _SHAPES = {
 # Those of the moves that may reorder the channels, or take some for others.
 _PICKS = {
     "roll", "flip", "index_select", "select", "narrow", "__getitem__", "transpose", "permute", "movedim", "swapaxes",
-}  # fmt: skip
-_WITH_WEIGHTS = {
-    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear,
-    F.multi_head_attention_forward, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.einsum, torch.mm, Tensor.mm,
-    torch.addmm, torch.bmm, Tensor.bmm, torch.baddbmm,
-    *filter(None, [getattr(torch, "_grouped_mm", None)]),  # experts; not in every torch
 }  # fmt: skip
 
 
@@ -84,7 +80,13 @@ class Trace:
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a Linear layer or a convolution whose forward is the plain product."""
     plain = next((kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(module, kind)), None)
-    return is_conv1d_of_gpt2(module) or (plain is not None and type(module).forward is plain.forward)
+    if plain is None and not is_conv1d_of_gpt2(module):
+        return False
+    forward = type(module).forward
+    own = module.__dict__.get("forward", forward)  # one that was set on the instance
+    if own is not forward and getattr(own, "__func__", None) is not forward:
+        return False
+    return plain is None or forward is plain.forward
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -98,18 +100,21 @@ class _Watcher(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names = {module: name for name, module in model.named_modules()}
-        self.parameters = {id(p): name for name, p in model.named_parameters()}
+        self.census = Census(model, self._leave_out_contraction)
         self.stack: list[nn.Module] = [model]
         self.trace = Trace()
         self.origins: dict[str, list[tuple[Origin | None, int]]] = {}
         self.shared_norms: set[str] = set()  # norms whose output something other than a Linear layer reads
         # Module to the products of each of its calls: the kind, and the size of the scores (made or used).
         self.made: dict[str, list[list[tuple[str | None, int]]]] = {}
+        # Module to what to call its products, by their place in a call: those with something made of weights.
+        self.words: dict[str, dict[int, str]] = {}
 
     # --- modules
 
     def entered(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.stack.append(module)
+        self._ask_census()
         name = self.names[module]
         self.made.setdefault(name, []).append([])
         if isinstance(module, nn.MultiheadAttention):
@@ -127,6 +132,7 @@ class _Watcher(TorchFunctionMode):
 
     def left(self, module: nn.Module, args: tuple, output) -> None:
         self.stack.pop()
+        self._ask_census()
         if _is_norm(module) and isinstance(output, Tensor):
             setattr(output, MARK, Origin("norm", self.names[module], output.numel()))
 
@@ -138,9 +144,9 @@ class _Watcher(TorchFunctionMode):
         tensors = [t for t in tensors if isinstance(t, Tensor)]
         marks = [(t, getattr(t, MARK)) for t in tensors if getattr(t, MARK, None) is not None]
         direct = function is F.linear and self._direct(args, kwargs)
-        if not direct:
-            self._contraction(function, args, kwargs)
-        result = function(*args, **kwargs)
+        followed = direct or self._product(function, args)
+        with self.census.inside("" if followed else getattr(function, "__name__", "a function")):
+            result = function(*args, **kwargs)
         last = self.made.get(self.names[self.stack[-1]], [[]])[-1]
         if last[-1:] == [(None, 0)] and isinstance(result, Tensor):  # the product just made: now its size is known
             last[-1] = (None, result.numel())
@@ -179,25 +185,39 @@ class _Watcher(TorchFunctionMode):
                 return True
         return False
 
-    def _contraction(self, function, args: tuple, kwargs: dict) -> None:
-        owner = self.stack[-1]
-        calls = self.made.setdefault(self.names[owner], [[]])
+    def _product(self, function, args: tuple) -> bool:
+        """Whether this is a product that a site can stand at, which is noted."""
+        if self._in_layer():
+            return False
+        calls = self.made.setdefault(self.names[self.stack[-1]], [[]])
         if function is _ATTENTION:
             calls[-1] += [("qk", 0), ("pv", 0)]
-            return
+            return True
         places = factors(function, args)
-        if places is not None:
-            left = args[places[0]]
-            calls[-1].append(("pv", left.numel()) if _are_probabilities(left) else (None, 0))
-            return
-        if function not in _WITH_WEIGHTS or is_layer(owner) or isinstance(owner, nn.MultiheadAttention):
-            return
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        whole = [t if t._base is None else t._base for t in given]  # a view of a parameter counts as it
-        named = [self.parameters[id(t)] for t in whole if id(t) in self.parameters]
-        if named:
-            weights = ", ".join(named)
-            self._leave_out(f"{function.__name__} with {weights}, called directly by {self._label(owner)}")
+        if places is None:
+            return False
+        left, right = (args[place] for place in places)
+        weights = self.census.parameters_in(left) or self.census.parameters_in(right)
+        name = getattr(function, "__name__", "product")
+        words = "" if not weights else self._words(name, weights)
+        calls[-1].append(("pv", left.numel()) if _are_probabilities(left) else (None, 0))
+        self.words.setdefault(self.names[self.stack[-1]], {})[len(calls[-1]) - 1] = words
+        return True
+
+    def _in_layer(self) -> bool:
+        """Whether what runs now is a part of something that gets a site, or is taken apart, as a whole."""
+        return any(is_layer(module) or isinstance(module, nn.MultiheadAttention) for module in self.stack)
+
+    def _ask_census(self) -> None:
+        self.census.counts = not self._in_layer()
+
+    def _leave_out_contraction(self, function: str, weights: list[str]) -> None:
+        """Name a function that multiplies, called by the innermost module, in floating point."""
+        self._leave_out(self._words(function, weights))
+
+    def _words(self, function: str, weights: list[str]) -> str:
+        what = f"with {', '.join(weights)}" if weights else "of two activations"
+        return f"{function.strip('_')} {what}, called directly by {self._label(self.stack[-1])}"
 
     def _label(self, module: nn.Module) -> str:
         return f"{self.names[module] or 'the model'} ({type(module).__name__})"
@@ -241,8 +261,10 @@ class _Watcher(TorchFunctionMode):
             module = model.get_submodule(name)
             if any(plans[0]):
                 trace.plans[name] = plans[0]
-            for _ in filter(lambda kind: kind is None, plans[0]):
-                self._leave_out(f"a product of two activations that is no attention, in {self._label(module)}")
+            for position, kind in enumerate(plans[0]):
+                if kind is None:
+                    words = f"a product of two activations that is no attention, in {self._label(module)}"
+                    self._leave_out(self.words.get(name, {}).get(position) or words)
         for name, module in model.named_modules():
             if is_layer(module) and name not in trace.layers:
                 inside = any(name.startswith(f"{attention}.") for attention in trace.kinds)
@@ -320,10 +342,13 @@ def trace(model: nn.Module, batches: list) -> tuple[Trace, list[Tensor]]:
     Paper: none.
     """
     watcher = _Watcher(model)
+    with regular_attention():  # unwatched: kernels may be chosen otherwise while every operation is seen
+        expected = tensors_of(call(model, batches[0]))
     outputs = []
     handles = [
         handle
         for module in list(model.modules())
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks; the census sees into it
         for handle in (
             module.register_forward_pre_hook(watcher.entered, with_kwargs=True, prepend=True),
             module.register_forward_hook(watcher.left),
@@ -331,20 +356,33 @@ def trace(model: nn.Module, batches: list) -> tuple[Trace, list[Tensor]]:
     ]
     try:
         for batch in batches:
-            with watcher, regular_attention():
+            watcher.census.begin(tensors_of(batch))
+            with watcher, watcher.census, regular_attention():
                 outputs.append(call(model, batch))
     finally:
         for handle in handles:
             handle.remove()
-    return watcher.finish(model, outputs), tensors_of(outputs[0])
+    return watcher.finish(model, outputs), expected
+
+
+class _FastPath:
+    """Torch's switch is one for all threads: off while anyone wants it off, then as it was."""
+
+    lock, wanted_off, before = threading.Lock(), 0, True
 
 
 @contextmanager
 def regular_attention() -> Iterator[None]:
     """Switch off torch's fused path of ``nn.MultiheadAttention`` in evaluation, whose sums come in another order."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _FastPath.lock:
+        if _FastPath.wanted_off == 0:
+            _FastPath.before = torch.backends.mha.get_fastpath_enabled()
+        _FastPath.wanted_off += 1
+        torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _FastPath.lock:
+            _FastPath.wanted_off -= 1
+            if _FastPath.wanted_off == 0:
+                torch.backends.mha.set_fastpath_enabled(_FastPath.before)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from s2d.packages import need
+from s2d.ptq.command.images import is_hidden
 
 IMAGE_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TEXT_ENDINGS = {".md", ".txt"}
@@ -79,13 +80,14 @@ def open_items(text: str, option: str) -> Items | None:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+    found = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS and not is_hidden(path))
+    return sorted(path for path in found if path.is_file())
 
 
 def _image_folder(folder: Path, option: str) -> Items:
     need("PIL.Image", "a folder of images")
     flat = _images_in(folder)
-    classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path)]
     found = [(file, label) for label, inner in enumerate(classes) for file in _images_in(inner)]
     if flat and found:
         raise ValueError(f"{option} {folder} holds images and folders of images: give one or the other")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2d.console import say
 from s2d.packages import need
+from s2d.ptq.command.images import read_image
 from s2d.ptq.command.items import RANDOM, Items, text_file
 from s2d.ptq.command.subject import Subject
 
@@ -41,8 +41,10 @@ def ready(items: Items | None, text: str, option: str, subject: Subject, args: a
     if items.kind != subject.kind:
         raise ValueError(f"{option} {text} holds {items.kind}, the model takes {subject.kind}: give {subject.kind}")
     if items.files:
-        image = need("PIL.Image", "a folder of images")
-        items.read = lambda positions: torch.stack([_read_image(image, items.files[i], subject) for i in positions])
+        mode = "L" if subject.shape[0] == 1 else "RGB"
+        items.read = lambda positions: torch.stack(
+            [subject.preprocess(read_image(items.files[i], mode)) for i in positions]
+        )
     if items.classes and all(name in subject.label_ids for name in items.classes):
         items.labels = [subject.label_ids[items.classes[label]] for label in items.labels]
         items.classes = []  # the model knows them by name: their number and order mean nothing
@@ -64,14 +66,6 @@ def _text_items(text: str, option: str, subject: Subject, args: argparse.Namespa
     transformers = need("transformers", "a text")
     tokenizer = transformers.AutoTokenizer.from_pretrained(subject.folder, local_files_only=True)
     return text_file(Path(text), tokenizer, args.sequence_length, option)
-
-
-def _read_image(module: Any, file: Path, subject: Subject) -> Tensor:
-    try:
-        with module.open(file) as image:
-            return subject.preprocess(image)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as an image ({error}): repair or remove it") from None
 
 
 def draw_calibration(items: Items, args: argparse.Namespace) -> list[int]:
