@@ -682,7 +682,10 @@ class Attachment:
             else:
                 late = float(moved[standing.stuck].float().mean()) if standing.stuck.any() else 1.0
                 standing.stuck = None
-                lost = standing.moved < LOST and late <= LOST * standing.moved
+                if is_low_precision(standing.weight):
+                    lost = standing.moved < LOST and late <= LOST * standing.moved
+                else:  # a gradient may be zero in nearly every entry, and those rest
+                    lost = standing.moved == late == 0
                 standing.lasting = self._lost(standing) if lost else None
                 found += [name] if lost else []
         self._rounded.clear()

@@ -147,7 +147,7 @@ def test_the_runs_are_those_the_testbed_needs():
 
 def test_a_row_reads_the_history():
     (recipe,) = testbed.recipes("4x", [2], smoke=True)
-    levels = {0: 0.1, 1: 0.5, 2: 0.7, 3: 0.9, 20: 0.85}
+    levels = {0: 0.1, 1: 0.5, 2: 0.7, 3: 0.95, recipe.steps: 0.85}
     history = [
         {"step": step, "loss": 3.0 - step / 10, "validation_accuracy": level, "excess_kurtosis": 10.0 * level}
         | {"neuron_kurtosis": 1.0, "max_abs": 2.0 * level}
@@ -155,9 +155,9 @@ def test_a_row_reads_the_history():
     ]
     weights = {name: tensor.half() for name, tensor in recipe.model.build(0).state_dict().items()}
     row = testbed.run_row(Trained(recipe, weights, history), images=32)
-    assert (row["early_step"], row["early_loss"]) == (2, 2.8)  # the first at or after a tenth of 20 steps
-    assert (row["best_validation_accuracy"], row["validation_accuracy"]) == (0.9, 0.85)
-    assert row["matched_kurtosis"] == pytest.approx(7.5)  # a quarter of the way from 0.7 to 0.9
+    assert (row["early_step"], row["early_loss"]) == (3, 2.7)  # the first at or after a tenth of 26 steps
+    assert (row["best_validation_accuracy"], row["validation_accuracy"]) == (0.95, 0.85)
+    assert row["matched_kurtosis"] == pytest.approx(9.0)  # four fifths of the way from 0.7 to 0.95
     assert (row["excess_kurtosis"], row["max_abs"]) == (8.5, 1.7)
     matrices = {
         name.removesuffix(".weight"): w.double() for name, w in weights.items() if ".mlp.fc" in name and w.ndim == 2
