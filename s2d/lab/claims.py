@@ -28,6 +28,7 @@ OWN_WORDS = {"reproduced": "holds", "not reproduced": "does not hold"}
 METHOD = "ERQ"  # the quantizer of the paper's Tables 6, 10 and 11
 NO_LOSS = 1.0  # points of accuracy that "without loss" may cost
 PAPER_KURTOSIS = 100.0
+SAME_KURTOSIS = 0.1  # powers of ten: a factor between 0.8 and 1.26
 PAPER_COSINE = 0.99
 PAPER_INTERVAL = 100  # steps between refreshes
 DOSES = {
@@ -137,7 +138,8 @@ def _described(
     margin: float = 0.0,
 ) -> dict:
     # A band of one point is a band for points, not for a kurtosis or a correlation.
-    says = verdict(interval, margin=margin, equivalence=1.0 if unit.startswith("points") else 0.0)
+    band = 1.0 if unit.startswith("points") else SAME_KURTOSIS if unit == "powers of ten" else 0.0
+    says = verdict(interval, margin=margin, equivalence=band)
     known = size is not None and interval.low == interval.low
     return {
         "group": group,
