@@ -96,7 +96,7 @@ def verdicts() -> str:
 
 def claims() -> str:
     """Every claim with its verdict."""
-    table = load_table("claims", run=RUN)
+    table = load_table("claims", run=RUN).fillna({"reported": ""})
 
     def number(row) -> str:
         if pd.isna(row.measured):

@@ -63,8 +63,9 @@ def _accuracy_and_kurtosis(table: pd.DataFrame) -> str:
     kurtosis = runs.excess_kurtosis.agg(["min", "max"])
     ranges = kurtosis["min"].map("{:.1f}".format) + " to " + kurtosis["max"].map("{:.1f}".format)
     order = [run for run in _RUNS if run in spread.index]
+    kernels = f"{table.kernel.nunique()} kernels" if table.kernel.nunique() > 1 else "one kernel"
     return (
-        f"Full-precision test accuracy over {table.kernel.nunique()} kernels and {table.seed.nunique()} seeds: "
+        f"Full-precision test accuracy over {kernels} and {table.seed.nunique()} seeds: "
         f"{listed(spread[order], '{}')}. Excess kurtosis: {listed(ranges[order], '{}')}."
     )
 
