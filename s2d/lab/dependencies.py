@@ -124,7 +124,7 @@ def closure(
 
     Example:
         >>> [path.name for path in closure(["s2d.pcdr"])]
-        ['pcdr.py', 'spectral.py']
+        ['checks.py', 'pcdr.py', 'spectral.py']
     """
     seen: dict[str, Path] = {}
     waiting = list(modules)
