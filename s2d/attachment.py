@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
@@ -751,6 +752,38 @@ class Attachment:
         for (cause, repair), members in causes.items():
             some = f"layer {_names(members)}" if len(members) == 1 else f"{len(members)} layers ({_names(members)})"
             warnings.warn(f"{self.owner} does not act on {some}: {cause}; {repair}", stacklevel=2)
+
+
+class Attached(ABC):
+    """What acts through an :class:`Attachment`, which belongs to these very objects: how it is copied and pickled.
+
+    Attributes:
+        _attachment: the hooks.
+    """
+
+    _attachment: Attachment
+
+    @abstractmethod
+    def _new_attachment(self) -> Attachment:
+        """Hooks for this object, not yet in place."""
+
+    def _reattached(self) -> None:
+        """Called when a copy has its hooks in place."""
+        return
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: everything but the hooks."""
+        state = {name: value for name, value in vars(self).items() if name != "_attachment"}
+        return state | {"_copied": self._attachment.optimizers if self._attachment.attached else []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy made together with its optimizer acts on that copy, as the original does on the original."""
+        optimizers = state.pop("_copied")
+        vars(self).update(state)
+        self._attachment = self._new_attachment()
+        if optimizers:
+            self._attachment.attach(optimizers, None, together=False)
+            self._reattached()
 
 
 class _Arrival:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2d import distributed
-from s2d.attachment import Attachment, along
+from s2d.attachment import Attached, Attachment, along
 from s2d.bound import spectral_norm_bounds
-from s2d.checks import check_count, check_number, check_tensor
+from s2d.checks import check_count, check_number, check_steps, check_tensor
 from s2d.layers import LinearMap, Selector, linear_maps
 
 MUCH = 0.05  # part of the cap that no single step is expected to add to a singular value
@@ -75,7 +75,7 @@ def _subtract_(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return weight.copy_(weight.to(left.dtype) - left @ right)  # rounded once
 
 
-class SpectralNormCap:
+class SpectralNormCap(Attached):
     """Keeps the spectral norm of every watched layer at or under a cap, attached to an optimizer by its step hook.
 
     It hooks in as :class:`s2d.SelectiveSpectralDecay` does: wrappers are unwrapped, several optimizers may be given,
@@ -145,19 +145,6 @@ class SpectralNormCap:
 
     def _new_attachment(self) -> Attachment:
         return Attachment(type(self).__name__, self._model, self.layers, after=self._after_step, occasional=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: everything but the hooks, which belong to these very objects."""
-        state = {name: value for name, value in vars(self).items() if name != "_attachment"}
-        return state | {"_copied": self._attachment.optimizers if self._attachment.attached else []}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy made together with its optimizer acts on that copy."""
-        optimizers = state.pop("_copied")
-        vars(self).update(state)
-        self._attachment = self._new_attachment()
-        if optimizers:
-            self._attachment.attach(optimizers, None, together=False)
 
     def __copy__(self) -> SpectralNormCap:
         raise ValueError("copy.copy() would act twice on the same weights: use copy.deepcopy((model, optimizer, cap))")
@@ -232,7 +219,4 @@ class SpectralNormCap:
         Raises:
             ValueError: for a state of anything else.
         """
-        steps = state.get("steps") if isinstance(state, dict) else None
-        if not isinstance(steps, Tensor) or steps.ndim or steps.is_floating_point() or int(steps) < 0:
-            raise ValueError(f"the state holds steps {steps!r}: load the state_dict() of a run, unchanged")
-        self.steps = int(steps)
+        self.steps = check_steps(state.get("steps") if isinstance(state, dict) else None)

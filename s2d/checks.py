@@ -52,6 +52,24 @@ def check_count(name: str, value: Any, repair: str, *, least: int = 1) -> int:
     return int(value)
 
 
+def check_steps(value: Any) -> int:
+    """The number of steps in the state of a run: a whole number in a tensor.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> check_steps(torch.tensor(41))
+        41
+
+    Paper: none.
+    """
+    steps = value.tolist() if isinstance(value, Tensor) else None
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"the state holds steps {value!r}: load the state_dict() of a run, unchanged")
+    return steps
+
+
 def check_tensor(name: str, value: Any, repair: str, *, ndim: int | None = None, finite: bool = False) -> Tensor:
     """A dense tensor of real floating-point numbers that has values (is not on ``meta``).
 

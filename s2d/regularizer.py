@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2d import distributed
-from s2d.attachment import Attachment, along, check_rate, is_low_precision
-from s2d.checks import check_count, check_number, check_tensor
+from s2d.attachment import Attached, Attachment, along, check_rate, is_low_precision
+from s2d.checks import check_count, check_number, check_steps, check_tensor
 from s2d.layers import CONVOLUTIONS, LinearMap, Selector, linear_maps, modules_sharing
 from s2d.pcdr import activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
 from s2d.rounding import round_stochastically, seeded
@@ -191,7 +191,7 @@ class _WatchedLayer:
         self.spent, self._factors = torch.zeros_like(pcdr), None
 
 
-class SelectiveSpectralDecay:
+class SelectiveSpectralDecay(Attached):
     """Selective Spectral Decay as Algorithm 1 prints it, attached to an optimizer by its step hook.
 
     Every ``refresh_every`` optimizer steps it finds the top singular triplets of each watched layer, decides by PCDR
@@ -364,9 +364,9 @@ class SelectiveSpectralDecay:
                 on all ranks, if they watch different layers.
         """
         self._attachment.attach(optimizers, self._group(), needs_rate=self.coupling == "decoupled")
-        self._watch_forward()
+        self._reattached()
 
-    def _watch_forward(self) -> None:
+    def _reattached(self) -> None:
         if self.criterion == "activation":
             self._watch.attach()
         self._set_steps(self.steps)
@@ -385,20 +385,6 @@ class SelectiveSpectralDecay:
             before=lambda optimizer, first: self._step(optimizer, first=first),
             around_closure=self._around_closure,
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: everything but the hooks, which belong to these very objects."""
-        state = {name: value for name, value in vars(self).items() if name != "_attachment"}
-        return state | {"_copied": self._attachment.optimizers if self._attachment.attached else []}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy made together with its optimizer acts on that copy, as the original does on the original."""
-        optimizers = state.pop("_copied")
-        vars(self).update(state)
-        self._attachment = self._new_attachment()
-        if optimizers:
-            self._attachment.attach(optimizers, None, together=False)
-            self._watch_forward()
 
     def __copy__(self) -> SelectiveSpectralDecay:
         raise ValueError(
@@ -908,9 +894,7 @@ class SelectiveSpectralDecay:
             raise ValueError(
                 f"the state is of another model or another choice of layers: {', '.join(strange) or 'no steps'}"
             )
-        steps = state["steps"].tolist()
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"the state holds steps {steps!r}: load the state_dict() of a run, unchanged")
+        steps = check_steps(state["steps"])
         for name in names:
             given = [state[f"{name}.{field}"].shape for field in FIELDS if f"{name}.{field}" in state]
             given = given if not given or f"{name}.spent" in state else given[:-1]
@@ -946,7 +930,7 @@ class SelectiveSpectralDecay:
                 w.spent = state[f"{name}.spent"].clone().to(pcdr)
                 if f"{name}.owed" in state:
                     w.owed = state[f"{name}.owed"].clone().to(pcdr)
-        self._set_steps(int(state["steps"]))
+        self._set_steps(steps)
 
 
 def _without_unseen(maps: dict[str, LinearMap]) -> tuple[dict[str, LinearMap], list[str]]:

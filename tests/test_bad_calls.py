@@ -100,6 +100,9 @@ def no(bad: list, *also_bad: Any, allowed: tuple = ()) -> list:
     return [value for value in [*bad, *also_bad] if not any(value is good or value is True is good for good in allowed)]
 
 
+NO_OPTIMIZERS = [None, 5, "SGD", {}, [], torch.optim.SGD, model(), object()]
+NO_OPTIMIZERS += [torch.optim.SGD(model().parameters(), lr=0.1)]  # of another model
+
 Case = tuple[str, Callable, dict[str, Any], dict[str, list]]
 # Name in s2d.__all__, what is called, a good call, and for each argument what is bad.
 CASES: list[Case] = [
@@ -346,37 +349,13 @@ CASES: list[Case] = [
         "SelectiveSpectralDecay",
         lambda optimizer: decay(NET).attach(optimizer),
         {},
-        {
-            "optimizer": [
-                None,
-                5,
-                "SGD",
-                {},
-                [],
-                torch.optim.SGD,
-                model(),
-                torch.optim.SGD(model().parameters(), lr=0.1),
-                object(),
-            ]
-        },
+        {"optimizer": NO_OPTIMIZERS},
     ),
     (
         "SpectralNormCap",
         lambda optimizer: cap(NET).attach(optimizer),
         {},
-        {
-            "optimizer": [
-                None,
-                5,
-                "SGD",
-                {},
-                [],
-                torch.optim.SGD,
-                model(),
-                torch.optim.SGD(model().parameters(), lr=0.1),
-                object(),
-            ]
-        },
+        {"optimizer": NO_OPTIMIZERS},
     ),
     (
         "SelectiveSpectralDecay",
