@@ -21,12 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2d import distributed
-from s2d.attachment import Attached, Attachment, along, check_rate, is_low_precision
+from s2d.attachment import Attached, Attachment, along
 from s2d.checks import check_count, check_number, check_steps, check_tensor
 from s2d.layers import CONVOLUTIONS, LinearMap, Selector, linear_maps, modules_sharing
 from s2d.pcdr import activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
-from s2d.rounding import round_stochastically, seeded
+from s2d.rounding import is_low_precision, round_stochastically, seeded
 from s2d.spectral import SingularTriplets, SolvedTriplets, check_triplets, solve_top_triplets
+from s2d.stepping import check_rate
 from s2d.watch import OutlierWatch
 
 CRITERIA = ("activation", "spectral", "all")

@@ -10,6 +10,18 @@ from s2d.checks import check_tensor
 PRIMES = (1_000_003, 7_368_787)  # spread the places that make a seed
 
 
+def is_low_precision(tensor: Tensor) -> bool:
+    """Whether a change of a thousandth of a number may be lost in it: bfloat16 and float16.
+
+    Example:
+        >>> is_low_precision(torch.ones(1)), is_low_precision(torch.ones(1, dtype=torch.bfloat16))
+        (False, True)
+
+    Paper: none.
+    """
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
 def round_stochastically(x: Tensor, dtype: torch.dtype, *, generator: torch.Generator | None = None) -> Tensor:
     """Round each entry up or down at random, so that its mean is the entry.
 

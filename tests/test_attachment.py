@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from s2d import SelectiveSpectralDecay, SpectralNormCap, check_bound, linear_maps
-from s2d.attachment import find_masters, unwrap_optimizer
 from s2d.layers import bare_matrices
 from s2d.rounding import round_stochastically, seeded
+from s2d.stepping import find_masters, unwrap_optimizer
 
 COUPLINGS = pytest.mark.parametrize("coupling", ["gradient", "decoupled"])
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
