@@ -589,7 +589,8 @@ def staleness_claim(staleness: pd.DataFrame) -> dict:
     slow = oldest[oldest["mode"] == f"{PAPER_MODE}, lr / 100"].cosine.mean()
     lowest = f"smallest of a layer {last.cosine.min():.3f}"
     return _row(
-        f"cached and fresh penalty keep a cosine above {PAPER_COSINE} (mean over layers, after 100 steps, less that)",
+        f"cached and fresh penalty keep a cosine above {PAPER_COSINE} (mean over layers, after "
+        f"{PAPER_INTERVAL} steps, less that)",
         "G.2",
         last.groupby("seed").cosine.mean() - PAPER_COSINE,
         "cosine",
