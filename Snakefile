@@ -59,10 +59,14 @@ def inputs(name):
 
 
 def outputs(name):
-    """The tables that a notebook writes, and the figures."""
+    """The tables that a notebook writes, and the figures.
+
+    They stay in place while it runs, and come back if it fails: it reads the committed ones where checkpoints are
+    missing.
+    """
     code = source.notebook_code(f"notebooks/{name}.ipynb")
     figures = [f"figures/{SCALE}/{figure}.{kind}" for figure in FIGURES for kind in ("svg", "png")]
-    return tables(source.saved_tables(code)) + (figures if draws(code) else [])
+    return [update(file) for file in tables(source.saved_tables(code)) + (figures if draws(code) else [])]
 
 
 rule all:
