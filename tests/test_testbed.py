@@ -15,7 +15,7 @@ from s2d.lab import testbed
 from s2d.lab.figures.testbed import testbed_points_lost as draw_points_lost
 from s2d.lab.figures.testbed import testbed_runs as draw_runs
 from s2d.lab.identity import recipe_key
-from s2d.lab.results import load_table
+from s2d.lab.results import load_table, save_table
 from s2d.lab.store import Trained
 
 matplotlib.use("agg")
@@ -203,6 +203,26 @@ def test_rows_of_other_code_are_not_used(tmp_path: Path, monkeypatch: pytest.Mon
     assert "5 rows are of other code, not used" in capsys.readouterr().err
     monkeypatch.setenv("S2D_ANY_CODE", "1")
     assert len(testbed.merged_rows("smoke")) == 10
+
+
+def test_a_kernel_is_added_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
+    monkeypatch.delenv("S2D_ANY_CODE", raising=False)
+    rows = whole().assign(code="other")
+    save_table(rows.query("kernel == 'default'"), "testbed", run="smoke", source={})
+    path = testbed.rows_file("native", "smoke")
+    path.parent.mkdir(parents=True)
+    rows.query("kernel == 'native'").to_csv(path, index=False)
+    arguments = ["--scale", "smoke", "--add", "--kernels"]
+    with pytest.raises(SystemExit):
+        testbed.main(arguments)
+    assert "rows that code other measured" in capsys.readouterr().err
+    monkeypatch.setenv("S2D_ANY_CODE", "1")
+    before = path.read_bytes()
+    testbed.main(arguments)
+    table = load_table("testbed", run="smoke")
+    assert table.groupby("kernel").size().to_dict() == {"native": 10, "default": 10} and set(table.code) == {"other"}
+    assert path.read_bytes() == before
 
 
 def test_two_kernels_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -112,6 +112,24 @@ def claims() -> str:
     return markdown_table(header, ([str(cell).replace("|", "\\|") for cell in row] for row in rows))
 
 
+def kernels() -> str:
+    """The verdicts of a batch trained from scratch on another CPU kernel, and where they differ."""
+    from s2d.lab.verdicts import SAME, summary
+
+    table = load_table("verdicts", run=RUN)
+
+    def number(measured: float, low: float, high: float, unit: str) -> str:
+        return f"{measured:.3g} [{low:.3g}, {high:.3g}] {unit}"
+
+    header = ["claim", "committed", "measured", "kernel", "there", "measured there"]
+    rows = [
+        [row.claim, row.verdict_here, number(row.measured_here, row.low_here, row.high_here, row.unit)]
+        + [row.kernel, row.verdict, number(row.measured, row.low, row.high, row.unit)]
+        for row in table[table.agreement != SAME].itertuples()
+    ]
+    return f"{summary(table)}\n\n{markdown_table(header, rows)}" if rows else summary(table)
+
+
 def theorem() -> str:
     """Theorem 1 on every layer."""
     bound = load_table("bound", run=RUN)
@@ -140,6 +158,7 @@ COMPUTED: dict[str, Callable[[], str]] = {
     "testbed": testbed,
     "verdicts": verdicts,
     "claims": claims,
+    "kernels": kernels,
     "theorem": theorem,
     "figures": figures,
 }

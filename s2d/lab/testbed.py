@@ -3,6 +3,7 @@
     python -m s2d.lab.testbed                                   (hours from nothing; resumes where it was stopped)
     python -m s2d.lab.testbed --kernels native --runs 4x SGD    (a piece of it)
     python -m s2d.lab.testbed --kernels                         (nothing new: the tables from the rows there are)
+    python -m s2d.lab.testbed --add --kernels default           (one more kernel beside what the committed table has)
 
 writes ``data/laptop/testbed.csv``, one row a run, and ``data/laptop/testbed_findings.csv``, what these say.
 
@@ -41,7 +42,7 @@ from s2d.lab.recipes import (
     WIDE_SEEDS,
     pretraining,
 )
-from s2d.lab.results import provenance, save_table
+from s2d.lab.results import load_table, provenance, save_table
 from s2d.lab.statistics import paired_interval
 from s2d.lab.store import Trained, find_file, obtain_checkpoints
 from s2d.lab.training import Recipe
@@ -188,6 +189,25 @@ def read_rows(kernel: str, scale: str) -> pd.DataFrame:
     return used
 
 
+def rows_of_the_table(scale: str) -> None:
+    """Put the table's rows where each kernel leaves its own, for kernels that have none here.
+
+    Raises:
+        FileNotFoundError: if there is no table.
+        ValueError: if other code measured them, unless ``S2D_ANY_CODE`` is set.
+    """
+    table = load_table("testbed", run=scale)
+    other = sorted(set(table.code) - {code()})
+    if other and not os.environ.get("S2D_ANY_CODE"):
+        raise ValueError(
+            f"the table has rows that code {', '.join(other)} measured, and this is {code()}: measure them again "
+            "(without --add), or keep them by S2D_ANY_CODE=1"
+        )
+    for kernel, rows in table.groupby("kernel"):
+        if not rows_file(kernel, scale).exists():
+            write_text(rows_file(kernel, scale), rows.to_csv(index=False))
+
+
 def measure(kernel: str, runs: Sequence[str], seeds: Sequence[int], *, scale: str, stored: bool) -> None:
     """Measure what is not measured yet, in this process, which has to have the kernel.
 
@@ -230,8 +250,8 @@ def merged_rows(scale: str = "laptop") -> pd.DataFrame:
     """The rows of all kernels that were measured, in order.
 
     Returns:
-        Columns kernel (asked for), capability (what torch says it has), run (:data:`RUNS`), and those of
-        :func:`run_row`.
+        Columns kernel (asked for), capability (what torch says it has), code (hash of what measured it), run
+        (:data:`RUNS`), and those of :func:`run_row`.
 
     Raises:
         ValueError: if there are none.
@@ -239,8 +259,9 @@ def merged_rows(scale: str = "laptop") -> pd.DataFrame:
     tables = [rows for kernel in KERNELS if len(rows := read_rows(kernel, scale))]
     if not tables:
         raise ValueError("nothing was measured yet by today's code: run python -m s2d.lab.testbed")
-    table = pd.concat(tables, ignore_index=True).drop(columns="code")
-    table = table[["kernel", "capability", *[c for c in table.columns if c not in ("kernel", "capability")]]]
+    table = pd.concat(tables, ignore_index=True)
+    first = ["kernel", "capability", "code"]
+    table = table[[*first, *[c for c in table.columns if c not in first]]]
     order = {name: index for index, name in enumerate([*KERNELS, *RUNS])}
     places = {"kernel": table.kernel.map(order), "run": table.run.map(order), "seed": table.seed}
     return table.loc[pd.DataFrame(places).sort_values(list(places), kind="stable").index].reset_index(drop=True)
@@ -443,6 +464,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(EVIDENCE_SEEDS), metavar="SEED")
     parser.add_argument("--workers", type=int, help="processes (default: $S2D_WORKERS or the number of cores)")
     parser.add_argument("--scale", choices=["laptop", "smoke"], default="laptop", help="smoke: seconds, to try it")
+    parser.add_argument("--add", action="store_true", help="keep what the committed table has of other runs and kernels")
     parser.add_argument("--stored", action="store_true", help="measure what is in the stores, train nothing")
     parser.add_argument("--kernel", choices=list(KERNELS), help=argparse.SUPPRESS)  # what the child is called with
     arguments = parser.parse_args(argv)
@@ -451,6 +473,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.kernel is not None:
         measure(arguments.kernel, arguments.runs, arguments.seeds, scale=arguments.scale, stored=arguments.stored)
         return
+    if arguments.add:
+        try:
+            rows_of_the_table(arguments.scale)
+        except ValueError as error:
+            parser.error(str(error))
     for kernel in arguments.kernels:
         # The wide runs are about width, not about kernels.
         runs = [run for run in arguments.runs if run != "wide" or kernel == "native"]
