@@ -464,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(EVIDENCE_SEEDS), metavar="SEED")
     parser.add_argument("--workers", type=int, help="processes (default: $S2D_WORKERS or the number of cores)")
     parser.add_argument("--scale", choices=["laptop", "smoke"], default="laptop", help="smoke: seconds, to try it")
-    parser.add_argument("--add", action="store_true", help="keep what the committed table has of other runs and kernels")
+    parser.add_argument("--add", action="store_true", help="keep the committed rows of other runs and kernels")
     parser.add_argument("--stored", action="store_true", help="measure what is in the stores, train nothing")
     parser.add_argument("--kernel", choices=list(KERNELS), help=argparse.SUPPRESS)  # what the child is called with
     arguments = parser.parse_args(argv)
