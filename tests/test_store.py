@@ -101,7 +101,7 @@ def interrupting(after: int):
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"measure_every": 0}, "measure_every=0"),
-        ({"data": ClutteredDigits(canvas=24)}, "canvas 24 and model image_size 12 must be equal"),
+        ({"data": ClutteredDigits(canvas=24)}, r"items of the shape \(1, 24, 24\) and .* takes \(1, 12, 12\)"),
         ({"start": replace(TINY, model=replace(TINY.model, width=32))}, "cannot fine-tune .*width=32.* as .*width=16"),
         ({"start": QAT}, "cannot start from a model prepared by FakeQuantization.*start from what that began with"),
     ],

@@ -78,6 +78,11 @@ class ClutteredDigits:
         if self.jitter is not None and self.jitter < 0:
             raise ValueError(f"jitter is {self.jitter}: choose 0 or more, or None for any place")
 
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """What one item is: an image ``(1, canvas, canvas)``."""
+        return (1, self.canvas, self.canvas)
+
     def _compose(self, digit: np.ndarray, pool: np.ndarray, rng: np.random.Generator) -> Tensor:
         """Fragments from ``pool`` at random places, then each digit over them, so that no digit is itself damaged."""
         images, _ = source_digits()

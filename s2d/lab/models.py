@@ -29,6 +29,11 @@ class DigitsViT:
     depth: int = 4
     heads: int = 4
 
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """What one item is: an image ``(1, image_size, image_size)``."""
+        return (1, self.image_size, self.image_size)
+
     def build(self, seed: int) -> nn.Module:
         """A freshly initialised model; the caller's random state is left as it was.
 

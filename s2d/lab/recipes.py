@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ WIDE = 128  # one channel alone can give w channels an excess kurtosis of w - 3:
 FINETUNE_STEPS = 600
 
 DECOUPLED = "Decoupled spectral decay"
+S2D_DECOUPLED = "S2D, decoupled"
 CAP = "Spectral-norm cap"
 AS_PRINTED = "S2D, the paper's lam and tau"
 VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", "S2D, live", "S2D")
@@ -53,6 +55,7 @@ _SPECTRAL: dict[str, dict[str, Any]] = {
     AS_PRINTED: _ALGORITHM_1,
     "S2D": _ALGORITHM_1,
     "S2D, live": _ALGORITHM_1 | {"coefficients": "live"},
+    S2D_DECOUPLED: _ALGORITHM_1 | {"coefficients": "live", "coupling": "decoupled"},
     DECOUPLED: {"criterion": "all", "k_max": None, "power": 2, "coefficients": "live", "coupling": "decoupled"},
 }
 FINETUNE_LR = 5e-4
@@ -184,6 +187,28 @@ def ablation(group: str, setting: str, seed: int, **options) -> Recipe:
     return replace(base, s2d=base.s2d | ABLATIONS[group][setting])
 
 
+def arm(
+    variant: str, settings: Mapping[str, float], *, betas: tuple[float, float], refresh_every: int
+) -> tuple[Optimizer, dict[str, Any] | None]:
+    """What a fine-tuning variant does with its settings.
+
+    Args:
+        variant: AdamW, with or without one of the spectral penalties, or the cap.
+        settings: lr, weight_decay and the variant's own.
+        betas: AdamW's.
+        refresh_every: steps between refreshes of the spectral variants.
+
+    Returns:
+        The optimizer, and the arguments of S2D or None: what a :class:`Recipe` takes.
+    """
+    s2d = None
+    if variant in _SPECTRAL:
+        s2d = _SPECTRAL[variant] | {"lam": settings["lam"], "refresh_every": refresh_every}
+        s2d |= {"tau": settings.get("tau", 0.6)}  # without a criterion it decides nothing
+    adamw = {"lr": settings["lr"], "weight_decay": settings["weight_decay"], "betas": betas, "clip": CLIP}
+    return Capped("adamw", cap=settings["cap"], **adamw) if "cap" in settings else Optimizer("adamw", **adamw), s2d
+
+
 def finetuning(
     variant: str,
     seed: int,
@@ -222,13 +247,7 @@ def finetuning(
         raise ValueError(f"{variant} has no setting {name!r}: it has {', '.join(settings)}")
     settings |= changed
     start = pretraining("adamw", seed, steps=pretrain_steps, canvas=canvas, width=width, depth=depth, device=device)
-    s2d = None
-    if variant in _SPECTRAL:
-        s2d = _SPECTRAL[variant] | {"lam": settings["lam"], "refresh_every": refresh_every}
-        s2d |= {"tau": settings.get("tau", 0.6)}  # without a criterion it decides nothing
-    adamw = {"lr": settings["lr"], "weight_decay": settings["weight_decay"], "betas": start.optimizer.betas}
-    adamw |= {"clip": CLIP}
-    optimizer = Capped("adamw", cap=settings["cap"], **adamw) if "cap" in settings else Optimizer("adamw", **adamw)
+    optimizer, s2d = arm(variant, settings, betas=start.optimizer.betas, refresh_every=refresh_every)
     return Recipe(
         seed=1000 + seed,  # another stream of images than the pretraining's
         steps=steps,

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,34 @@ class Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
 
 
+class Data(Protocol):
+    """What a recipe trains on; the classes are frozen dataclasses, such as :class:`s2d.lab.data.ClutteredDigits`."""
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Of one item."""
+
+    def training_batch(self, batch_size: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Items and labels of one step, a pure function of seed and step."""
+
+    def fixed_set(self, split: str, n: int | None = None, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Items and labels of one split."""
+
+
+class Architecture(Protocol):
+    """What a recipe trains; the classes are frozen dataclasses, such as :class:`s2d.lab.models.DigitsViT`.
+
+    The modules have ``blocks``, whose outputs are the residual stream, and timm's ``no_weight_decay()``.
+    """
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Of one item."""
+
+    def build(self, seed: int) -> nn.Module:
+        """The model with its initial weights."""
+
+
 class Preparation(ABC):
     """What is done to the model between its start weights and the first step; subclasses are frozen dataclasses.
 
@@ -64,7 +92,7 @@ class Preparation(ABC):
     stage: ClassVar[str]
 
     @abstractmethod
-    def apply(self, model: nn.Module, data: ClutteredDigits) -> nn.Module:
+    def apply(self, model: nn.Module, data: Data) -> nn.Module:
         """The model to train. Names and shapes of its state must depend on the recipe alone, never on the weights.
 
         Args:
@@ -91,8 +119,8 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     warmup: int = 200
     batch_size: int = 64
-    data: ClutteredDigits = field(default_factory=ClutteredDigits)
-    model: DigitsViT = field(default_factory=DigitsViT)
+    data: Data = field(default_factory=ClutteredDigits)
+    model: Architecture = field(default_factory=DigitsViT)
     start: Recipe | None = None
     prepare: Preparation | None = None
     s2d: dict[str, Any] | None = None
@@ -105,8 +133,11 @@ class Recipe:
                 f"steps={self.steps}, batch_size={self.batch_size}, measure_every={self.measure_every}: "
                 "each must be at least 1"
             )
-        if self.data.canvas != self.model.image_size:
-            raise ValueError(f"canvas {self.data.canvas} and model image_size {self.model.image_size} must be equal")
+        if self.data.item_shape != self.model.item_shape:
+            raise ValueError(
+                f"{self.data} makes items of the shape {self.data.item_shape} and {self.model} takes "
+                f"{self.model.item_shape}: make them equal"
+            )
         if self.start is not None and self.start.model != self.model:
             raise ValueError(f"cannot fine-tune {self.start.model} as {self.model}: the architectures differ")
         if self.start is not None and self.start.prepare is not None:

