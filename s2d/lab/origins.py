@@ -92,10 +92,10 @@ def powers_of_ten(kurtosis: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFram
 
 
 def matched_table(checkpoints: Checkpoints) -> pd.DataFrame:
-    """Outliers of every training run at one common validation accuracy, and at its end.
+    """Outliers of every training run at the validation accuracy that all runs of its seed reach, and at its end.
 
-    The common accuracy is the highest that every run reaches: the least of their best measurements. See
-    :func:`at_accuracy` for how a run is read there.
+    That accuracy is the least of their best measurements; one for all seeds would be set by the single worst run, and
+    which that is depends on the processor. See :func:`at_accuracy` for how a run is read there.
 
     Args:
         checkpoints: variant to one checkpoint a seed.
@@ -119,13 +119,19 @@ def matched_table(checkpoints: Checkpoints) -> pd.DataFrame:
     runs = list(each(checkpoints))
     if not runs:
         raise ValueError("no checkpoints to compare: give at least one a variant")
-    level = min(max(row["validation_accuracy"] for row in trained.history) for _, trained in runs)
+    levels: dict[int, float] = {}
+    for _, trained in runs:
+        best = max(row["validation_accuracy"] for row in trained.history)
+        levels[trained.seed] = min(best, levels.get(trained.seed, best))
     measured = ["step", "validation_accuracy", "excess_kurtosis", "neuron_kurtosis", "max_abs"]
     rows = []
     for variant, trained in runs:
         optimizer = trained.recipe.optimizer
         run = {"variant": variant, "seed": trained.seed, "lr": optimizer.lr} | _adaptivity(optimizer)
-        for moment, row in (("matched", at_accuracy(trained.history, level)), ("end", trained.history[-1])):
+        for moment, row in (
+            ("matched", at_accuracy(trained.history, levels[trained.seed])),
+            ("end", trained.history[-1]),
+        ):
             rows.append(run | {"moment": moment} | {name: row[name] for name in measured})
     return pd.DataFrame(rows)
 
