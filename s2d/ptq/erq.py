@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Shared, site_inputs
+from s2d.ptq.judge import fitted_rows, inputs_as_run, kept_back, nearest, note, rounded_weights
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
     Quantizer,
@@ -45,6 +46,8 @@ def erq(
     progress: Callable[[str], None] | None = None,
     shared: Shared | None = None,
     softmax: str = "auto",
+    gelu: str = "auto",
+    activations: str = "per_tensor",
     ridge: float = 0.1,
     aqer: bool = True,
     wqer: bool = True,
@@ -65,6 +68,12 @@ def erq(
     against the error that the remaining columns cannot make up for. A row for which all this ends above plain rounding
     in the layer's own squared error takes plain rounding.
 
+    And each reduction is fitted to three quarters of the calibration items and judged on the others, behind layers that
+    are quantized (:mod:`s2d.ptq.judge`): of Aqer's correction as large a part is taken as lowers the error there (a
+    line search from none to all), and a layer whose Wqer ends above plain rounding there takes plain rounding. Fitted
+    to floating-point inputs and not judged, Aqer made a sentence encoder worse than no method at all: with inputs whose
+    largest value is 90 times the root mean square it relies on what no quantized network passes on.
+
     Args:
         model: a prepared model, changed in place.
         batches: calibration data (:func:`s2d.ptq.calibrate.split_batches`).
@@ -72,15 +81,15 @@ def erq(
             weights in floating point, Aqer alone is left.
         progress: called with a line of text for each site.
         shared: keeps what the sites see for other copies of the model.
-        softmax: as in :func:`s2d.ptq.repq_vit.repq_vit`.
+        softmax, gelu, activations: as in :func:`s2d.ptq.repq_vit.repq_vit`.
         ridge: lambda over the mean square of the inputs, above zero; for Aqer, the least of those tried.
         aqer, wqer, refine: whether to reduce the activation error and the weight error, and to refine the rounding.
         column_groups: in layers behind a norm, a grid of its own for the twentieth of the columns with most outliers
             (:class:`ColumnGroupQuantizer`).
 
     Raises:
-        ValueError: for a ridge that is not positive and finite, another choice of ``softmax``, or calibration data
-            that is not finite or misses a site.
+        ValueError: for a ridge that is not positive and finite, another choice of ``softmax``, ``gelu`` or
+            ``activations``, or calibration data that is not finite or misses a site.
 
     Cost: for a layer of d inputs and m outputs, a Cholesky factor of d x d in float64 and about m d^2 operations more;
     memory: one layer's activations, about seven d x d matrices in float64, and the new weights. With 6304 rows on one
@@ -90,15 +99,24 @@ def erq(
     """
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge is {ridge!r}: give a number above zero, such as 0.1")
-    calibrate_activations(model, batches, a_bits, softmax=softmax, progress=progress, shared=shared)
+    options = {"w_bits": w_bits, "softmax": softmax, "gelu": gelu, "activations": activations}
+    calibrate_activations(model, batches, a_bits, **options, progress=progress, shared=shared)
     layers = quantized_layers(model).values()
     linear = [site for site in layers if not isinstance(site, CONVOLUTIONS)]
+    with rounded_weights(model, {} if w_bits in SWITCHED_OFF else nearest(model, w_bits)):
+        as_run = inputs_as_run(model, kept_back(batches), linear)
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then
     for seen in site_inputs(model, batches, linear, progress=progress):
         site, x = seen.site, seen.inputs[0].reshape(-1, seen.inputs[0].shape[-1])
         group = outlier_columns(site.weight.detach()) if column_groups and site.after == "norm" else None
         fit = partial(_fit, n_bits=w_bits, group=group) if w_bits not in SWITCHED_OFF else None
-        new = solve_layer(site, x, fit, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
+        held = as_run.pop(site.name, None)
+        if held is not None:
+            x = x[fitted_rows(len(x), batches).to(x.device)]
+        kept: dict[str, float] = {}
+        new = solve_layer(site, x, fit, held=held, kept=kept, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
+        for what, share in kept.items():
+            note(model, site, what, share)
         solved[site.name] = tuple(part.to(site.weight.dtype) for part in new)
     for site in linear:
         weight, bias = solved[site.name]
@@ -301,6 +319,8 @@ def solve_layer(
     fit: Callable[[Tensor], Quantizer] | None,
     *,
     ridge: float,
+    held: Tensor | None = None,
+    kept: dict[str, float] | None = None,
     aqer: bool = True,
     wqer: bool = True,
     refine: bool = True,
@@ -312,6 +332,8 @@ def solve_layer(
         x: ``(n, d)``, its inputs.
         fit: gives a frozen quantizer for a weight, its scales in the same shape each time; None leaves the weight in
             floating point.
+        held: ``(m, d)``, what it reads in the quantized network of data kept back; None for no such judge.
+        kept: takes, by name (``"aqer"``, ``"wqer"``), which share of each reduction the judge kept.
 
     Returns:
         Weight and bias in float64, the weight on the quantizer's grid.
@@ -320,12 +342,16 @@ def solve_layer(
     """
     folds = [input_moments(part, site.weight, site.input_quantizer) for part in x.tensor_split(FOLDS) if len(part)]
     moments = reduce(operator.add, folds)
+    judge = None if held is None else input_moments(held, site.weight, site.input_quantizer)
     weight = site.weight.detach().to(moments.gram.dtype)
     bias = weight.new_zeros(len(weight)) if site.bias is None else site.bias.detach().to(weight.dtype)
     original = torch.cat([weight, bias[:, None]], 1)
-    goal = original
+    goal, kept = original, {} if kept is None else kept
     if aqer and site.input_quantizer is not None:
-        goal = original + activation_correction(folds, moments, ridge)
+        correction = activation_correction(folds, moments, ridge)
+        if judge is not None:
+            kept["aqer"] = share_that_helps(correction, judge)
+        goal = original + kept.get("aqer", 1.0) * correction
     if fit is None:
         return goal[:, :-1], goal[:, -1]
     site.weight_quantizer = quantizer = fit(goal[:, :-1].float())
@@ -336,10 +362,35 @@ def solve_layer(
     plain_quantizer = fit(weight.float())
     plain = _rounded(original, plain_quantizer)
     worse = (excess_error(best - original, moments) > excess_error(plain - original, moments))[:, None]
+    if judge is not None:
+        errors = [excess_error(torch.where(worse, plain, best) - original, judge), excess_error(plain - original, judge)]
+        kept["wqer"] = float(errors[0].sum() <= errors[1].sum())
+        worse |= kept["wqer"] == 0
     best = torch.where(worse, plain, best)
     quantizer.scale = torch.where(worse, plain_quantizer.scale, quantizer.scale)
     quantizer.zero_point = torch.where(worse, plain_quantizer.zero_point, quantizer.zero_point)
     return best[:, :-1], best[:, -1]
+
+
+def share_that_helps(change: Tensor, judge: Moments) -> float:
+    r"""As large a part of a change of [W, b] as lowers the error on other rows the most, from 0 (none) to 1 (all).
+
+    .. math:: t = \operatorname{clamp}\left(\frac{\langle D, C^T \rangle}{\langle D G, D \rangle}, 0, 1\right)
+
+    Args:
+        change: D, ``(outputs, d + 1)``.
+        judge: G and C of rows that it was not fitted to.
+
+    Example:
+        >>> judge = input_moments(torch.tensor([[0.4], [1.6]]), torch.eye(1), torch.round)  # read as 0 and 2
+        >>> round(share_that_helps(torch.tensor([[-0.4, 0.0]]).double(), judge), 3)  # reads 2 where it was 1.6
+        0.5
+
+    Paper: none.
+    """
+    straight = (change * judge.cross.T).sum()
+    square = ((change @ judge.gram) * change).sum()
+    return float((straight / square).clamp(0, 1)) if straight > 0 else 0.0
 
 
 def _rounded(augmented: Tensor, quantizer: Quantizer) -> Tensor:

@@ -1,4 +1,4 @@
-"""Twin uniform quantizers: two uniform grids for the two parts of what comes out of GELU and of softmax."""
+"""Twin uniform quantizers: two uniform grids for two parts of what comes out of GELU and of softmax."""
 
 from __future__ import annotations
 
@@ -155,6 +155,115 @@ class TwinUniformGELU(Quantizer):
 
     def extra_repr(self) -> str:
         return f"{self.n_bits} bits"
+
+
+# --- GELU with a long tail ---
+
+
+# What the largest value is multiplied by to give the end of the fine grid, one after the other.
+TAIL_SPLITS = tuple(2.0 ** (-i / 2) for i in range(2, 16))
+
+
+class TwinUniformTail(Quantizer):
+    r"""Quantizer for GELU's output with a long tail: a fine grid for most values, a coarse one from its end on.
+
+    Where a few values are ninety times the root mean square, a uniform grid has the others round to nothing. Here half
+    of the codes, :math:`d (q - z)`, reach from GELU's minimum to a split s, the other half, :math:`s + D k`, from there
+    to the largest value; the highest bit of the code says which. Calibration takes the split with the least squared
+    error, of the largest value times :math:`2^{-1}, 2^{-1.5}, \dots, 2^{-7.5}`.
+
+    Args:
+        n_bits: 2 to 8.
+
+    Attributes:
+        fine, coarse: the steps d and D.
+
+    Raises:
+        ValueError: for a bit width or input out of range.
+
+    Example:
+        >>> q = TwinUniformTail(4)
+        >>> q.observe(torch.cat([torch.linspace(-0.17, 1, 500), torch.tensor([40.0])]))
+        >>> q.freeze()
+        >>> q(torch.tensor([-0.2, 0.1, 0.9, 37.0, 99.0]))
+        tensor([-0.1506,  0.1506,  0.9033, 35.1129, 40.0000])
+
+    Paper: none.
+    """
+
+    def __init__(self, n_bits: int) -> None:
+        super().__init__()
+        self.n_bits = check_quantizer_bits(n_bits)
+        self.q_min, self.q_max = 0, 2**n_bits - 1
+        self._kept: list[Tensor] = []
+        self._done = False
+        for name in ("fine", "coarse"):
+            self.register_buffer(name, None)
+
+    def observe(self, x: Tensor) -> None:
+        """Keep data until ``freeze``."""
+        self._done = False
+        self._kept.append(check_observed(x).flatten().clone())  # what comes after may work in place
+
+    def freeze(self) -> None:
+        """Choose the split; once more without new observations changes nothing.
+
+        Raises:
+            ValueError: when nothing was observed.
+        """
+        if self._done:
+            return
+        if not self._kept:
+            raise ValueError("nothing was observed: this quantizer saw no calibration data")
+        x = torch.cat(self._kept)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        largest = torch.where(x.amax() > 0, x.amax(), 1)  # without positive values any will do
+        splits = [largest * split for split in TAIL_SPLITS]
+        errors = torch.stack([self._set_ends(split, largest)._squared_error(x) for split in splits])
+        self._set_ends(splits[int(first_least(errors))], largest)
+        self._kept, self._done = [], True
+
+    def _set_ends(self, split: Tensor, largest: Tensor) -> TwinUniformTail:
+        levels = 2 ** (self.n_bits - 1)
+        self.fine = check_step((split + GELU_MINIMUM) / (levels - 1), "fine")
+        self.coarse = check_step((largest - self._grid()[1]).clamp(min=SMALLEST_STEP) / levels, "coarse")
+        return self
+
+    def _squared_error(self, x: Tensor) -> Tensor:
+        parts = x.split(chunk_elements(x.device))
+        return sum((self._fake_quantize(part) - part).double().square().sum() for part in parts)
+
+    def _check_frozen(self) -> None:
+        if self.fine is None:
+            raise ValueError("the quantizer is not calibrated: observe() data, then freeze()")
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        """Zero point and end of the fine grid."""
+        last = 2 ** (self.n_bits - 1) - 1
+        zero = (GELU_MINIMUM / self.fine).round().clamp(0, last)
+        return zero, (last - zero) * self.fine
+
+    def codes(self, x: Tensor) -> Tensor:
+        self._check_frozen()
+        x, fine = _working(x.detach(), self.fine)
+        zero, end = self._grid()
+        levels = 2 ** (self.n_bits - 1)
+        inner = round_to_grid(x, fine, zero, 0, levels - 1)
+        steps = round_to_grid(x - end, self.coarse, 0, 0, levels)
+        return torch.where(steps > 0, levels - 1 + steps, inner).to(torch.int16)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        self._check_frozen()
+        zero, end = self._grid()
+        steps = codes - (2 ** (self.n_bits - 1) - 1)
+        return torch.where(steps > 0, end + steps * self.coarse, (codes - zero) * self.fine)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        zero, end = self._grid()
+        return (x >= -zero * self.fine) & (x <= end + 2 ** (self.n_bits - 1) * self.coarse)
+
+    def extra_repr(self) -> str:
+        return f"{self.n_bits} bits, a grid for the tail"
 
 
 # --- softmax ---

@@ -1,0 +1,168 @@
+"""Calibration rows kept back, to judge what was fitted to the others.
+
+A correction that is fitted to calibration data lowers the error there. Whether it does on other data, behind layers
+that are quantized too, shows only on items it was not fitted to, as they arrive in the quantized network. So every
+fourth item is kept back (:func:`kept_back`), the network is run on those with its quantizers on
+(:func:`inputs_as_run`), and what a method changes is kept as far as it helps there. What was not is in the last column
+of :func:`s2d.ptq.coverage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.ptq.calibrate import item_count, pick_items
+from s2d.ptq.quantizers import AffineQuantizer
+from s2d.ptq.sites import CONVOLUTIONS, QuantizedProduct, Site, quantized_layers, sites
+from s2d.ptq.trace import call
+
+EVERY = 4
+MOST = 32  # items kept back: more would cost time and judge no better
+
+
+def kept_back(batches: list[Any]) -> list[Any]:
+    """Every fourth item of the calibration data, from all of it: what may judge.
+
+    Args:
+        batches: see :func:`s2d.ptq.calibrate.split_batches`; one that cannot be cut counts as one item.
+
+    Returns:
+        Batches of the same form, at most 32 items in all. Of fewer than four items, the last one; a single item judges
+        what was fitted to it.
+
+    Example:
+        >>> [batch.flatten().tolist() for batch in kept_back([torch.arange(6.0)[:, None], torch.ones(3, 1)])]
+        [[3.0], [1.0]]
+
+    Paper: none.
+    """
+    counts = [item_count(batch) for batch in batches]
+    judges = _judges(sum(counts))
+    found, first = [], 0
+    for batch, count in zip(batches, counts, strict=True):
+        here = judges[first : first + count].nonzero()[:, 0]
+        first += count
+        if len(here):
+            found.append(pick_items(batch, here))
+    return found
+
+
+def _judges(items: int) -> Tensor:
+    """Which items are kept back, ``(items,)``."""
+    chosen = torch.zeros(items, dtype=torch.bool)
+    chosen[list(range(EVERY - 1, items, EVERY))[:MOST] or [items - 1]] = True
+    return chosen
+
+
+def fitted_rows(rows: int, batches: list[Any]) -> Tensor:
+    """Which of a site's rows, in the order of the data, belong to items that are not kept back: ``(rows,)``.
+
+    An item is taken to have as many rows as any other, which ragged batches and routed tokens only nearly have. Of a
+    single item, or fewer rows than items, all rows count.
+
+    Example:
+        >>> fitted_rows(8, [torch.zeros(4, 2, 3)]).tolist()
+        [True, True, True, True, True, True, False, False]
+
+    Paper: none.
+    """
+    items = sum(item_count(batch) for batch in batches)
+    if items < 2 or rows < items:
+        return torch.ones(rows, dtype=torch.bool)
+    return ~_judges(items)[torch.arange(rows) * items // rows]
+
+
+@contextmanager
+def rounded_weights(model: nn.Module, rounded: dict[str, Tensor]) -> Iterator[None]:
+    """Layers with other weights while the context is open, by the name of their site."""
+    layers = quantized_layers(model)
+    kept = {name: layers[name].weight.data for name in rounded}
+    try:
+        for name, weight in rounded.items():
+            layers[name].weight.data = weight
+        yield
+    finally:
+        for name, weight in kept.items():
+            layers[name].weight.data = weight
+
+
+def nearest(model: nn.Module, w_bits: int) -> dict[str, Tensor]:
+    """Every weight on a min-max grid per output channel, by the name of its site: where all methods start from."""
+    rounded = {}
+    for name, site in quantized_layers(model).items():
+        quantizer = AffineQuantizer(w_bits, granularity="per_channel")
+        quantizer.observe(site.weight)
+        quantizer.freeze()
+        rounded[name] = quantizer(site.weight.detach())
+    return rounded
+
+
+@torch.no_grad()
+def inputs_as_run(model: nn.Module, held: list[Any], only: Iterable[Site]) -> dict[str, Tensor]:
+    """What layers read of some data while the quantizers that are set are on, those of the layers themselves included.
+
+    Args:
+        model: a prepared model.
+        held: from :func:`kept_back`.
+        only: the layers.
+
+    Returns:
+        Rows ``(n, d)`` by the name of the site, after its input transform and before its quantizer. A layer that no
+        batch reaches is left out.
+
+    Example:
+        >>> from s2d.ptq.prepare import prepare
+        >>> model, x = nn.Sequential(nn.Linear(3, 2)).eval(), torch.randn(4, 3)
+        >>> prepared = prepare(model, x)
+        >>> torch.equal(inputs_as_run(prepared, [x], [prepared[0]])["0"], x)
+        True
+
+    Paper: none.
+    """
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(site: Site, args: tuple) -> None:
+        x = args[0] if site.input_transform is None else site.input_transform(args[0])
+        if x.numel():
+            seen.setdefault(site.name, []).append(x.reshape(-1, x.shape[-1]).clone())
+
+    before = {site: site.mode for site in sites(model).values()}
+    handles = [site.register_forward_pre_hook(keep) for site in only]
+    try:
+        for site in before:
+            site.mode = "quantized"
+        for batch in held:
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for site, name in before.items():
+            site.mode = name
+    return {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+def output_error(change: Tensor, weight: Tensor) -> Tensor:
+    """The squared error that a change of a layer's inputs makes of its outputs, summed; ``(n, d)`` and ``(out, d)``."""
+    return (change.to(weight.dtype) @ weight.T).square().sum()
+
+
+def reads_activations(site: Site) -> bool:
+    """Whether a site is a Linear layer: its input is quantized, by one quantizer."""
+    return not isinstance(site, (QuantizedProduct, *CONVOLUTIONS))
+
+
+def note(model: nn.Module, site: Site | str, what: str, kept: float) -> None:
+    """Remember which share of a correction was kept, for :func:`s2d.ptq.coverage`."""
+    name = site if isinstance(site, str) else site.name
+    model.__dict__.setdefault("s2d_kept", {}).setdefault(name, {})[what] = float(kept)
+
+
+def held_back(model: nn.Module, name: str) -> str:
+    """What was held back at a site, as text: ``"aqer 40 %"``; empty where nothing was judged."""
+    kept = model.__dict__.get("s2d_kept", {}).get(name, {})
+    return ", ".join(f"{what} {100 * (1 - share):.0f} %" for what, share in kept.items())
