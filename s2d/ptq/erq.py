@@ -103,7 +103,7 @@ def erq(
     calibrate_activations(model, batches, a_bits, **options, progress=progress, shared=shared)
     layers = quantized_layers(model).values()
     linear = [site for site in layers if not isinstance(site, CONVOLUTIONS)]
-    with rounded_weights(model, {} if w_bits in SWITCHED_OFF else nearest(model, w_bits)):
+    with rounded_weights(model, nearest(model, w_bits)):
         as_run = inputs_as_run(model, kept_back(batches), linear)
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then
     for seen in site_inputs(model, batches, linear, progress=progress):
@@ -275,6 +275,10 @@ class Moments:
     def __sub__(self, other: Moments) -> Moments:
         return Moments(self.gram - other.gram, self.cross - other.cross, self.rows - other.rows)
 
+    def single(self) -> Moments:
+        """In float32: twice as fast, and exact enough to say which of two errors is less."""
+        return Moments(self.gram.float(), self.cross.float(), self.rows)
+
 
 def solver_dtype(device: torch.device) -> torch.dtype:
     """The dtype to solve linear systems in: float64 where there is one."""
@@ -350,7 +354,7 @@ def solve_layer(
     if aqer and site.input_quantizer is not None:
         correction = activation_correction(folds, moments, ridge)
         if judge is not None:
-            kept["aqer"] = share_that_helps(correction, judge)
+            kept["aqer"] = share_that_helps(correction.float(), judge.single())
         goal = original + kept.get("aqer", 1.0) * correction
     if fit is None:
         return goal[:, :-1], goal[:, -1]
@@ -361,10 +365,13 @@ def solve_layer(
     # The error is a sum over rows, so each may fall back on its own.
     plain_quantizer = fit(weight.float())
     plain = _rounded(original, plain_quantizer)
-    worse = (excess_error(best - original, moments) > excess_error(plain - original, moments))[:, None]
+    changes = [(weights - original).float() for weights in (best, plain)]
+    single = moments.single()
+    worse = (excess_error(changes[0], single) > excess_error(changes[1], single))[:, None]
     if judge is not None:
-        errors = [excess_error(torch.where(worse, plain, best) - original, judge), excess_error(plain - original, judge)]
-        kept["wqer"] = float(errors[0].sum() <= errors[1].sum())
+        changes[0] = torch.where(worse, changes[1], changes[0])
+        errors = [excess_error(change, judge.single()).sum() for change in changes]
+        kept["wqer"] = float(errors[0] <= errors[1])
         worse |= kept["wqer"] == 0
     best = torch.where(worse, plain, best)
     quantizer.scale = torch.where(worse, plain_quantizer.scale, quantizer.scale)
@@ -552,21 +559,21 @@ def refine_rounding(
     codes = codes.clone()
     delta = (codes - zero_point) * scale - wanted
     slope = 2 * delta @ gram
-    diagonal = gram.diagonal()
     # The other neighbour: above if the code lies below, and the other way round; none where it is off the grid.
     flip = torch.where(delta > 0, -1.0, 1.0)
     flip[(codes + flip < q_min) | (codes + flip > q_max)] = 0
     change = flip * scale
+    square = change.square() * gram.diagonal()
+    going = torch.arange(len(codes), device=codes.device)  # the rows that are not done
     for _ in range(steps):
-        gain = change * (slope + change * diagonal)
-        least, at = gain.min(1, keepdim=True)
-        better = least < 0
-        if not better.any():
+        least, at = torch.addcmul(square, change, slope).min(1, keepdim=True)
+        better = (least < 0)[:, 0]
+        if not better.all():  # a row that is done stays so
+            going, slope, flip, change, square, at = (t[better] for t in (going, slope, flip, change, square, at))
+        if not len(going):
             break
-        moved = torch.where(better, change.gather(1, at), 0)
-        slope.addcmul_(gram[at[:, 0]], moved, value=2)
-        codes.scatter_add_(1, at, torch.where(better, flip.gather(1, at), 0))
-        back = torch.where(better, -1.0, 1.0)
-        flip.scatter_(1, at, flip.gather(1, at) * back)
-        change.scatter_(1, at, change.gather(1, at) * back)
+        slope.addcmul_(gram[at[:, 0]], change.gather(1, at), value=2)
+        codes[going, at[:, 0]] += flip.gather(1, at)[:, 0]
+        for turned in (flip, change):
+            turned.scatter_(1, at, -turned.gather(1, at))
     return codes

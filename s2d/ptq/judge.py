@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import item_count, pick_items
-from s2d.ptq.quantizers import AffineQuantizer
-from s2d.ptq.sites import CONVOLUTIONS, QuantizedProduct, Site, quantized_layers, sites
-from s2d.ptq.trace import call
+from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer
+from s2d.ptq.sites import Site, quantized_layers, sites
+from s2d.ptq.trace import call, tensors_of
 
 EVERY = 4
 MOST = 32  # items kept back: more would cost time and judge no better
@@ -41,11 +41,27 @@ def kept_back(batches: list[Any]) -> list[Any]:
 
     Paper: none.
     """
+    return _picked(batches, True)
+
+
+def taken(batches: list[Any]) -> list[Any]:
+    """The items that are not kept back; of a single one, that.
+
+    Example:
+        >>> [batch.flatten().tolist() for batch in taken([torch.arange(6.0)[:, None], torch.ones(3, 1)])]
+        [[0.0, 1.0, 2.0, 4.0, 5.0], [1.0, 1.0]]
+
+    Paper: none.
+    """
+    return _picked(batches, False) or batches
+
+
+def _picked(batches: list[Any], judging: bool) -> list[Any]:
     counts = [item_count(batch) for batch in batches]
-    judges = _judges(sum(counts))
+    chosen = _judges(sum(counts)) == judging
     found, first = [], 0
     for batch, count in zip(batches, counts, strict=True):
-        here = judges[first : first + count].nonzero()[:, 0]
+        here = chosen[first : first + count].nonzero()[:, 0]
         first += count
         if len(here):
             found.append(pick_items(batch, here))
@@ -91,15 +107,20 @@ def rounded_weights(model: nn.Module, rounded: dict[str, Tensor]) -> Iterator[No
             layers[name].weight.data = weight
 
 
-def nearest(model: nn.Module, w_bits: int) -> dict[str, Tensor]:
-    """Every weight on a min-max grid per output channel, by the name of its site: where all methods start from."""
-    rounded = {}
-    for name, site in quantized_layers(model).items():
-        quantizer = AffineQuantizer(w_bits, granularity="per_channel")
-        quantizer.observe(site.weight)
-        quantizer.freeze()
-        rounded[name] = quantizer(site.weight.detach())
-    return rounded
+def nearest_weight(weight: Tensor, w_bits: int, *, symmetric: bool = False) -> Tensor:
+    """A weight on its min-max grid per output channel; as it is where that side is switched off."""
+    if w_bits in SWITCHED_OFF:
+        return weight.detach()
+    quantizer = AffineQuantizer(w_bits, symmetric=symmetric, granularity="per_channel")
+    quantizer.observe(weight)
+    quantizer.freeze()
+    return quantizer(weight.detach())
+
+
+def nearest(model: nn.Module, w_bits: int, *, symmetric: bool = False) -> dict[str, Tensor]:
+    """:func:`nearest_weight` of every layer, by the name of its site: what all methods start from."""
+    layers = quantized_layers(model)
+    return {name: nearest_weight(site.weight, w_bits, symmetric=symmetric) for name, site in layers.items()}
 
 
 @torch.no_grad()
@@ -146,14 +167,32 @@ def inputs_as_run(model: nn.Module, held: list[Any], only: Iterable[Site]) -> di
     return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
+@torch.no_grad()
+def outputs(model: nn.Module, held: list[Any], name: str) -> list[Tensor]:
+    """The floating-point outputs of a model for some data, all its sites in one mode."""
+    before = {site: site.mode for site in sites(model).values()}
+    try:
+        for site in before:
+            site.mode = name
+        found = [tensor for batch in held for tensor in tensors_of(call(model, batch))]
+    finally:
+        for site, mode in before.items():
+            site.mode = mode
+    return [tensor.detach().float() for tensor in found if tensor.is_floating_point()]
+
+
+def output_distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Squared distance of outputs, each in units of its own size; entries that are not finite (masked) do not count."""
+    total = 0.0
+    for one, other in zip(found, expected, strict=True):
+        one, other = (tensor.double().nan_to_num(0.0, 0.0, 0.0) for tensor in (one, other))
+        total += float((one - other).square().sum() / other.square().sum().clamp(min=1e-30))
+    return total
+
+
 def output_error(change: Tensor, weight: Tensor) -> Tensor:
     """The squared error that a change of a layer's inputs makes of its outputs, summed; ``(n, d)`` and ``(out, d)``."""
     return (change.to(weight.dtype) @ weight.T).square().sum()
-
-
-def reads_activations(site: Site) -> bool:
-    """Whether a site is a Linear layer: its input is quantized, by one quantizer."""
-    return not isinstance(site, (QuantizedProduct, *CONVOLUTIONS))
 
 
 def note(model: nn.Module, site: Site | str, what: str, kept: float) -> None:

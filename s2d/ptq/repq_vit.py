@@ -25,15 +25,11 @@ from s2d.ptq.quantizers import (
 from s2d.ptq.reparameterize import can_shift, rescale_norm, scalable_groups
 from s2d.ptq.rtn import calibrate_inputs, check_activations
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedLinear, QuantizedProduct, Site, products, quantized_layers
-from s2d.ptq.twin_uniform import TwinUniformTail
+from s2d.ptq.twin_uniform import TwinUniformTail, has_long_tail
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 SOFTMAX = ("auto", "log_sqrt2", "uniform")
 GELU = ("auto", "uniform")
-# Largest value over root mean square from which on GELU's output may have two grids. It is 5 to 15 in most networks,
-# where a uniform grid does (and has kernels), and 18 to 92 in a sentence encoder: there the step of 8 bits exceeds a
-# third of the root mean square.
-HEAVY = 16
 # Channels narrower than this part of the mean get a grid that wide: a dead channel must not blow up norm and weights,
 # and a step a hundred times finer than the others' adds nothing to the error.
 NARROWEST = 0.01
@@ -79,8 +75,8 @@ def repq_vit(
         softmax: the grid of the attention probabilities: ``"log_sqrt2"``, ``"uniform"``, or ``"auto"``, whichever
             gives the smaller squared error of probabilities times values on the calibration data.
         gelu: the grid of what GELU puts out: ``"uniform"``, or ``"auto"``, which has two
-            (:class:`s2d.ptq.twin_uniform.TwinUniformTail`) where the largest value exceeds ``HEAVY`` times the root
-            mean square and they are better on the items kept back.
+            (:class:`s2d.ptq.twin_uniform.TwinUniformTail`) where the tail is long
+            (:func:`s2d.ptq.twin_uniform.has_long_tail`) and they are better on the items kept back.
         activations: ``"per_tensor"``, or ``"per_token"`` for inputs of Linear layers measured at run time.
         percentiles: the p to choose from.
 
@@ -150,7 +146,7 @@ def calibrate_activations(
     linear = [site for site in quantized_layers(model).values() if not isinstance(site, CONVOLUTIONS)]
     leaders = [site for site in linear if site.name not in followers]
     calibrate_inputs(model, batches, a_bits, activations=activations, shared=shared)  # the network to judge in
-    with rounded_weights(model, {} if w_bits in SWITCHED_OFF else nearest(model, w_bits)):
+    with rounded_weights(model, nearest(model, w_bits)):
         as_run = inputs_as_run(model, kept_back(batches), leaders)
     chosen: list[Site] = [*leaders, *products(model).values()]
     for seen in site_inputs(model, batches, chosen, progress=progress, shared=shared):
@@ -189,7 +185,7 @@ def _best_grid(
 ) -> Quantizer:
     """Of a clipped grid, a min-max grid and (where they may be had) two grids, the best for the rows kept back."""
     makers = [partial(_tensor_quantizer, n_bits=n_bits, percentiles=percentiles), partial(_minmax, n_bits=n_bits)]
-    if two and rows.abs().amax() > HEAVY * rows.float().square().mean().sqrt():
+    if two and has_long_tail(rows):
         makers.append(partial(_two_grids, n_bits=n_bits))
     if held is None:  # no item kept back reaches the layer
         return makers[0](rows)
@@ -332,9 +328,7 @@ class Scaling:
         return (quantizer(x / self.r - self.shift) + self.shift) * self.r - x
 
 
-def _scaling(
-    x: Tensor, widening: float, n_bits: int, percentiles: Sequence[float], shifts: bool
-) -> Scaling | None:
+def _scaling(x: Tensor, widening: float, n_bits: int, percentiles: Sequence[float], shifts: bool) -> Scaling | None:
     """From the channels' ranges; None where some channel has no usable step."""
     q_max = 2**n_bits - 1
     step, zero = _channel_grids(*_channel_ranges(x, n_bits, percentiles, shifts), widening, q_max, shifts)
