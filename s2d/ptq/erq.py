@@ -13,8 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import Shared, site_inputs
-from s2d.ptq.judge import fitted_rows, inputs_as_run, kept_back, nearest, note, rounded_weights
+from s2d.ptq.calibrate import Shared, item_count, site_inputs
+from s2d.ptq.judge import (
+    FEW_ITEMS,
+    fitted_rows,
+    inputs_as_run,
+    kept_back,
+    nearest,
+    note,
+    output_distance,
+    outputs,
+    replaced,
+)
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
     Quantizer,
@@ -103,7 +113,7 @@ def erq(
     calibrate_activations(model, batches, a_bits, **options, progress=progress, shared=shared)
     layers = quantized_layers(model).values()
     linear = [site for site in layers if not isinstance(site, CONVOLUTIONS)]
-    with rounded_weights(model, nearest(model, w_bits)):
+    with replaced(model, nearest(model, w_bits)):
         as_run = inputs_as_run(model, kept_back(batches), linear)
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then
     for seen in site_inputs(model, batches, linear, progress=progress):
@@ -118,6 +128,13 @@ def erq(
         for what, share in kept.items():
             note(model, site, what, share)
         solved[site.name] = tuple(part.to(site.weight.dtype) for part in new)
+    if w_bits not in SWITCHED_OFF and not _helps(model, kept_back(batches), solved, w_bits):
+        for site in linear:
+            site.weight_quantizer = row_quantizer(site.weight, w_bits, PERCENTILES)
+            solved[site.name] = site.weight_quantizer(site.weight.detach()), site.weight.new_zeros(len(site.weight))
+            if site.bias is not None:
+                solved[site.name] = solved[site.name][0], site.bias.detach().clone()
+            note(model, site, "erq", 0.0)
     for site in linear:
         weight, bias = solved[site.name]
         site.weight.copy_(weight)
@@ -130,6 +147,21 @@ def erq(
         if isinstance(site, CONVOLUTIONS) and w_bits not in SWITCHED_OFF:
             site.weight_quantizer = row_quantizer(site.weight, w_bits, PERCENTILES)
             site.freeze_weight()
+
+
+def _helps(model: nn.Module, held: list[Any], solved: dict[str, tuple[Tensor, Tensor]], w_bits: int) -> bool:
+    """Whether the model puts out no more error with the new weights than with RepQ-ViT's, where that can be told."""
+    if sum(map(item_count, held)) < FEW_ITEMS:
+        return True
+    layers = quantized_layers(model)
+    expected = outputs(model, held, "float")
+    plain = {name: row_quantizer(layers[name].weight, w_bits, PERCENTILES)(layers[name].weight) for name in solved}
+    errors = []
+    for weights in ({name: weight for name, (weight, _) in solved.items()}, plain):
+        biases = {name: bias for name, (_, bias) in solved.items()} if weights is not plain else {}
+        with replaced(model, weights, biases):
+            errors.append(output_distance(outputs(model, held, "quantized"), expected))
+    return errors[0] <= errors[1]
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------

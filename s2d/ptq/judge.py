@@ -23,6 +23,7 @@ from s2d.ptq.trace import call, tensors_of
 
 EVERY = 4
 MOST = 32  # items kept back: more would cost time and judge no better
+FEW_ITEMS = 4  # fewer cannot tell by the model's output which of two is better
 
 
 def kept_back(batches: list[Any]) -> list[Any]:
@@ -94,17 +95,19 @@ def fitted_rows(rows: int, batches: list[Any]) -> Tensor:
 
 
 @contextmanager
-def rounded_weights(model: nn.Module, rounded: dict[str, Tensor]) -> Iterator[None]:
-    """Layers with other weights while the context is open, by the name of their site."""
+def replaced(model: nn.Module, weights: dict[str, Tensor], biases: dict[str, Tensor] | None = None) -> Iterator[None]:
+    """Layers with other weights and biases while the context is open, by the name of their site."""
     layers = quantized_layers(model)
-    kept = {name: layers[name].weight.data for name in rounded}
+    kept = {name: (layers[name].weight, layers[name].bias) for name in {*weights, *(biases or {})}}
     try:
-        for name, weight in rounded.items():
-            layers[name].weight.data = weight
+        for name, weight in weights.items():
+            layers[name].weight = nn.Parameter(weight.detach(), requires_grad=False)
+        for name, bias in (biases or {}).items():
+            layers[name].bias = nn.Parameter(bias.detach(), requires_grad=False)
         yield
     finally:
-        for name, weight in kept.items():
-            layers[name].weight.data = weight
+        for name, (weight, bias) in kept.items():
+            layers[name].weight, layers[name].bias = weight, bias
 
 
 def nearest_weight(weight: Tensor, w_bits: int, *, symmetric: bool = False) -> Tensor:
@@ -190,9 +193,29 @@ def output_distance(found: list[Tensor], expected: list[Tensor]) -> float:
     return total
 
 
-def output_error(change: Tensor, weight: Tensor) -> Tensor:
-    """The squared error that a change of a layer's inputs makes of its outputs, summed; ``(n, d)`` and ``(out, d)``."""
-    return (change.to(weight.dtype) @ weight.T).square().sum()
+def output_errors(change: Tensor, weight: Tensor) -> Tensor:
+    """The squared error that a change ``(n, d)`` of a layer's inputs makes of its outputs, for each row."""
+    return (change.to(weight.dtype) @ weight.T).square().sum(-1)
+
+
+def clearly_above(errors: Tensor, others: Tensor) -> bool:
+    """Whether the sum of some errors exceeds that of others by more than twice the standard error of the difference.
+
+    For what rows left out have spoken for already: a few more must not turn that by chance.
+
+    Args:
+        errors, others: of the same rows, ``(n,)``.
+
+    Example:
+        >>> few, many = torch.tensor([1.0, -0.5]), torch.tensor([1.0, -0.5]).repeat(100)
+        >>> clearly_above(few, torch.zeros(2)), clearly_above(many, torch.zeros(200))
+        (False, True)
+
+    Paper: none.
+    """
+    difference = (errors - others).double()
+    noise = difference.var(correction=0) * len(difference)
+    return bool(difference.sum() > 2 * noise.sqrt())
 
 
 def note(model: nn.Module, site: Site | str, what: str, kept: float) -> None:

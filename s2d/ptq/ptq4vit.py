@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import Seen, Shared, site_inputs
-from s2d.ptq.judge import kept_back, note, output_distance, outputs, rounded_weights
+from s2d.ptq.calibrate import Seen, Shared, item_count, site_inputs
+from s2d.ptq.judge import FEW_ITEMS, kept_back, note, output_distance, outputs, replaced
 from s2d.ptq.quantizers import SWITCHED_OFF, TIE, AffineQuantizer, Quantizer, fake_quantize, first_least
 from s2d.ptq.rtn import check_activations
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedProduct, Site, quantized_layers, sites
@@ -696,6 +696,8 @@ KINDS = {
 
 def _keep_what_helps(model: nn.Module, held: list[Any], begun: dict[str, dict[str, Quantizer | None]]) -> None:
     """Put the grids of a kind back to those the search began with, where the model's output has less error then."""
+    if sum(map(item_count, held)) < FEW_ITEMS:
+        return
     expected = outputs(model, held, "float")
 
     def error() -> float:
@@ -703,7 +705,7 @@ def _keep_what_helps(model: nn.Module, held: list[Any], begun: dict[str, dict[st
             name: site.weight.detach() if site.weight_quantizer is None else site.weight_quantizer(site.weight.detach())
             for name, site in quantized_layers(model).items()
         }
-        with rounded_weights(model, weights):
+        with replaced(model, weights):
             return output_distance(outputs(model, held, "quantized"), expected)
 
     found, least = sites(model), error()

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Seen, Shared, site_inputs, visit_sites
-from s2d.ptq.judge import fitted_rows, inputs_as_run, kept_back, nearest, note, output_error, rounded_weights
+from s2d.ptq.judge import (
+    clearly_above,
+    fitted_rows,
+    inputs_as_run,
+    kept_back,
+    nearest,
+    note,
+    output_errors,
+    replaced,
+)
 from s2d.ptq.log_sqrt2 import LogSqrt2Quantizer
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
@@ -62,9 +71,8 @@ def repq_vit(
     need not hold zero, because the norm can shift it, and is as wide as is best for rows left out (the calibration
     data's own range clips too much of what comes later). And the error of the log-sqrt2 grid does not shrink with more
     bits (it is good at 4 bits, worse than a uniform one at 8), so each product takes the better of both by default.
-    Last, clipping and reparameterization are fitted to three quarters of the calibration items, and kept where they
-    lower the error of the layers' outputs on the others, behind layers that are quantized (:mod:`s2d.ptq.judge`);
-    elsewhere a plain min-max grid stays.
+    Last, clipping and reparameterization are fitted to three quarters of the calibration items, and dropped where that
+    lowers the error of the layers' outputs on the others, behind layers that are quantized (:mod:`s2d.ptq.judge`).
 
     Args:
         model: a prepared model, changed in place.
@@ -146,7 +154,7 @@ def calibrate_activations(
     linear = [site for site in quantized_layers(model).values() if not isinstance(site, CONVOLUTIONS)]
     leaders = [site for site in linear if site.name not in followers]
     calibrate_inputs(model, batches, a_bits, activations=activations, shared=shared)  # the network to judge in
-    with rounded_weights(model, nearest(model, w_bits)):
+    with replaced(model, nearest(model, w_bits)):
         as_run = inputs_as_run(model, kept_back(batches), leaders)
     chosen: list[Site] = [*leaders, *products(model).values()]
     for seen in site_inputs(model, batches, chosen, progress=progress, shared=shared):
@@ -191,7 +199,7 @@ def _best_grid(
         return makers[0](rows)
     quantizers = [make(rows[fitted.to(rows.device)]) for make in makers]
     weights = torch.cat([layer.weight.detach().float() for layer in layers])
-    errors = torch.stack([output_error(quantizer(held) - held, weights) for quantizer in quantizers])
+    errors = torch.stack([output_errors(quantizer(held) - held, weights).sum() for quantizer in quantizers])
     best = int(first_least(errors))
     note(model, layers[0], "clipping", best != 1)
     return makers[best](rows)
@@ -274,7 +282,7 @@ def reparameterize(
         percentiles: the p of the channels' ranges.
         fitted: ``(rows,)``, which of them choose the factor; None for all.
         held: ``(n, channels)``, what the norm puts out in the quantized network on data kept back: it is left alone
-            unless the layers' outputs are better there too. None for no such judge.
+            where the layers' outputs are clearly worse there. None for no such judge.
         activations: whether the layers' inputs have one grid or one per token.
 
     Returns:
@@ -296,11 +304,13 @@ def reparameterize(
     if held is not None:
         held, weights = held.to(x.dtype), torch.cat([layer.weight.to(x.dtype) for layer in layers])
         scaling = _scaling(part, widening, n_bits, percentiles, shifts)
-        changed = torch.inf if scaling is None else output_error(scaling.error(held, n_bits, activations), weights)
         plain = _tensor_quantizer(part, n_bits, percentiles)
         if activations == "per_token":
             plain = AffineQuantizer(n_bits, granularity="per_token")
-        helps = bool(changed < output_error(plain(held) - held, weights))
+        before = output_errors(plain(held) - held, weights)
+        helps = scaling is not None and not clearly_above(
+            output_errors(scaling.error(held, n_bits, activations), weights), before
+        )
         note(model, layers[0], "reparameterization", helps)
         if not helps:
             return None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Shared, visit_sites
-from s2d.ptq.judge import inputs_as_run, kept_back, nearest, nearest_weight, note, rounded_weights, taken
+from s2d.ptq.judge import inputs_as_run, kept_back, nearest, nearest_weight, note, replaced, taken
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer
 from s2d.ptq.reparameterize import rescale_norm, scalable_groups
 from s2d.ptq.rtn import calibrate_inputs, check_activations, rtn
@@ -181,7 +181,7 @@ def _smooth_where_it_helps(
     if a_bits not in SWITCHED_OFF:
         calibrate_inputs(model, batches, a_bits, shared=shared, **grids)
     symmetric = grids["symmetric"]
-    with rounded_weights(model, nearest(model, w_bits, symmetric=symmetric)):
+    with replaced(model, nearest(model, w_bits, symmetric=symmetric)):
         layers = [layer for group in groups.values() for layer in group]
         as_run = inputs_as_run(model, kept_back(batches), layers)
     fitted = _channel_ends(model, taken(batches), groups)
