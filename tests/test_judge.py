@@ -154,7 +154,7 @@ def test_smoothquant_with_a_channel_that_no_weight_reads_is_no_worse_than_roundi
 
 def test_a_network_with_nothing_to_smooth_says_so() -> None:
     model, x = Encoder().eval(), sentences(16)
-    with pytest.warns(UserWarning, match="nothing to smooth: .*the result is that of rtn"):
+    with pytest.warns(UserWarning, match="nothing to smooth: .*the result is that without smoothing"):
         smoothed = quantize(model, method="smoothquant", w_bits=6, a_bits=6, calibration=x)
     rounded = quantize(model, method="rtn", w_bits=6, a_bits=6, calibration=x)
     assert torch.equal(smoothed(x), rounded(x))

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from s2d.ptq.calibrate import Shared, item_count, site_inputs
 from s2d.ptq.judge import (
     FEW_ITEMS,
+    clearly_above,
     fitted_rows,
     inputs_as_run,
+    item_errors,
     kept_back,
     nearest,
     note,
-    output_distance,
     outputs,
     replaced,
 )
@@ -73,16 +74,17 @@ def erq(
 
     Where this differs from what was published: the ridge is relative to the inputs' mean square, so that neither the
     number of images nor the scale of the inputs matters, and leaves the bias alone. Aqer's is chosen for each layer by
-    cross-validation (:func:`activation_correction`): 32 images are few for d x d unknowns, and without that most layers
+    cross-validation (:func:`best_ridge`): 32 images are few for d x d unknowns, and without that most layers
     of a small ViT end with more error on other images than they had, and ERQ behind RepQ-ViT. Rounding is refined
     against the error that the remaining columns cannot make up for. A row for which all this ends above plain rounding
     in the layer's own squared error takes plain rounding.
 
-    And each reduction is fitted to three quarters of the calibration items and judged on the others, behind layers that
-    are quantized (:mod:`s2d.ptq.judge`): of Aqer's correction as large a part is taken as lowers the error there (a
-    line search from none to all), and a layer whose Wqer ends above plain rounding there takes plain rounding. Fitted
-    to floating-point inputs and not judged, Aqer made a sentence encoder worse than no method at all: with inputs whose
-    largest value is 90 times the root mean square it relies on what no quantized network passes on.
+    And each reduction is judged on a quarter of the calibration items, behind layers that are quantized
+    (:mod:`s2d.ptq.judge`): of Aqer's correction, fitted to the other items for this and then to all, as large a part is
+    taken as lowers the error there (a line search from none to all); a layer whose Wqer ends above plain rounding there
+    takes plain rounding; and all of it gives way to RepQ-ViT's rounding where the model's output is clearly worse.
+    Fitted to floating-point inputs and not judged, Aqer made a sentence encoder worse than no method at all: with
+    inputs whose largest value is 90 times the root mean square it relies on what no quantized network passes on.
 
     Args:
         model: a prepared model, changed in place.
@@ -120,11 +122,9 @@ def erq(
         site, x = seen.site, seen.inputs[0].reshape(-1, seen.inputs[0].shape[-1])
         group = outlier_columns(site.weight.detach()) if column_groups and site.after == "norm" else None
         fit = partial(_fit, n_bits=w_bits, group=group) if w_bits not in SWITCHED_OFF else None
-        held = as_run.pop(site.name, None)
-        if held is not None:
-            x = x[fitted_rows(len(x), batches).to(x.device)]
         kept: dict[str, float] = {}
-        new = solve_layer(site, x, fit, held=held, kept=kept, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
+        judge = {"fitted": fitted_rows(len(x), batches), "held": as_run.pop(site.name, None), "kept": kept}
+        new = solve_layer(site, x, fit, **judge, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
         for what, share in kept.items():
             note(model, site, what, share)
         solved[site.name] = tuple(part.to(site.weight.dtype) for part in new)
@@ -160,8 +160,8 @@ def _helps(model: nn.Module, held: list[Any], solved: dict[str, tuple[Tensor, Te
     for weights in ({name: weight for name, (weight, _) in solved.items()}, plain):
         biases = {name: bias for name, (_, bias) in solved.items()} if weights is not plain else {}
         with replaced(model, weights, biases):
-            errors.append(output_distance(outputs(model, held, "quantized"), expected))
-    return errors[0] <= errors[1]
+            errors.append(item_errors(outputs(model, held, "quantized"), expected))
+    return not clearly_above(*errors)
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------
@@ -355,6 +355,7 @@ def solve_layer(
     fit: Callable[[Tensor], Quantizer] | None,
     *,
     ridge: float,
+    fitted: Tensor | None = None,
     held: Tensor | None = None,
     kept: dict[str, float] | None = None,
     aqer: bool = True,
@@ -368,6 +369,7 @@ def solve_layer(
         x: ``(n, d)``, its inputs.
         fit: gives a frozen quantizer for a weight, its scales in the same shape each time; None leaves the weight in
             floating point.
+        fitted: ``(n,)``, which of the inputs Aqer is fitted to before it is judged; in the end it is fitted to all.
         held: ``(m, d)``, what it reads in the quantized network of data kept back; None for no such judge.
         kept: takes, by name (``"aqer"``, ``"wqer"``), which share of each reduction the judge kept.
 
@@ -376,18 +378,25 @@ def solve_layer(
 
     Paper: none; ERQ.
     """
-    folds = [input_moments(part, site.weight, site.input_quantizer) for part in x.tensor_split(FOLDS) if len(part)]
+    measure = partial(input_moments, weight=site.weight, quantizer=site.input_quantizer)
+    part, rest = (x, x[:0]) if held is None or fitted is None else (x[fitted], x[~fitted])
+    folds = [measure(rows) for rows in part.tensor_split(FOLDS) if len(rows)]
     moments = reduce(operator.add, folds)
-    judge = None if held is None else input_moments(held, site.weight, site.input_quantizer)
+    judge = None if held is None else measure(held)
     weight = site.weight.detach().to(moments.gram.dtype)
     bias = weight.new_zeros(len(weight)) if site.bias is None else site.bias.detach().to(weight.dtype)
     original = torch.cat([weight, bias[:, None]], 1)
     goal, kept = original, {} if kept is None else kept
     if aqer and site.input_quantizer is not None:
-        correction = activation_correction(folds, moments, ridge)
-        if judge is not None:
-            kept["aqer"] = share_that_helps(correction.float(), judge.single())
-        goal = original + kept.get("aqer", 1.0) * correction
+        multiple = best_ridge(folds, moments, ridge)
+        if judge is not None and multiple is not None:
+            kept["aqer"] = share_that_helps(ridge_solution(moments, multiple).float(), judge.single())
+        elif judge is not None:
+            kept["aqer"] = 0.0
+    if len(rest):
+        moments = moments + measure(rest)
+    if aqer and site.input_quantizer is not None and multiple is not None and kept.get("aqer", 1.0) > 0:
+        goal = original + kept.get("aqer", 1.0) * ridge_solution(moments, multiple)
     if fit is None:
         return goal[:, :-1], goal[:, -1]
     site.weight_quantizer = quantizer = fit(goal[:, :-1].float())
@@ -453,22 +462,36 @@ def excess_error(change: Tensor, moments: Moments) -> Tensor:
     return ((change @ moments.gram - 2 * moments.cross.T) * change).sum(1)
 
 
-def activation_correction(folds: list[Moments], total: Moments, ridge: float) -> Tensor:
+def ridge_solution(moments: Moments, ridge: float) -> Tensor:
     r"""What to add to [W, b] for quantized inputs: the solution :math:`(A^T A + \lambda I)^{-1} A^T E`, transposed.
 
-    With few rows the solution follows their noise, more than the layer's error shrinks. So lambda is the multiple of
-    ``ridge`` (of ``RIDGE_FACTORS``) that is best in cross-validation over the folds, and where nothing lowers the error
-    of the rows left out, nothing changes.
-
     Args:
-        folds: moments of parts of the rows.
-        total: their sum.
+        moments: of the rows to fit.
         ridge: lambda over the inputs' mean square.
 
     Returns:
         ``(outputs, d + 1)``.
 
     Paper: none; ERQ's activation quantization error reduction.
+    """
+    return solve_upper(upper_factor(moments.gram, ridge), moments.cross).T
+
+
+def best_ridge(folds: list[Moments], total: Moments, ridge: float) -> float | None:
+    """The ridge for :func:`ridge_solution`.
+
+    With few rows the solution follows their noise, more than the layer's error shrinks. So it is the multiple of
+    ``ridge`` (of ``RIDGE_FACTORS``) that is best in cross-validation over the folds.
+
+    Args:
+        folds: moments of parts of the rows.
+        total: their sum.
+        ridge: the least.
+
+    Returns:
+        None where nothing lowers the error of the rows left out.
+
+    Paper: none.
     """
     some = slice(None, None, -(-total.cross.shape[1] // FEW_OUTPUTS))
     errors = torch.zeros(len(RIDGE_FACTORS), device=total.gram.device)
@@ -477,12 +500,9 @@ def activation_correction(folds: list[Moments], total: Moments, ridge: float) ->
     for fold in judges:
         rest, test = (Moments(m.gram.float(), m.cross[:, some].float(), m.rows) for m in (total - fold, fold))
         for i, factor in enumerate(RIDGE_FACTORS):
-            change = solve_upper(upper_factor(rest.gram, ridge * factor), rest.cross).T
-            errors[i] += excess_error(change, test).sum()
+            errors[i] += excess_error(ridge_solution(rest, ridge * factor), test).sum()
     best = int(first_least(errors))
-    if not errors[best] < 0:
-        return torch.zeros_like(total.cross.T)
-    return solve_upper(upper_factor(total.gram, ridge * RIDGE_FACTORS[best]), total.cross).T
+    return ridge * RIDGE_FACTORS[best] if errors[best] < 0 else None
 
 
 def upper_factor(gram: Tensor, ridge: float) -> Tensor:

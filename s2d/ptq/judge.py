@@ -9,6 +9,7 @@ of :func:`s2d.ptq.coverage`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from s2d.ptq.calibrate import item_count, pick_items
 from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer
+from s2d.ptq.rtn import rtn
 from s2d.ptq.sites import Site, quantized_layers, sites
 from s2d.ptq.trace import call, tensors_of
 
@@ -181,16 +183,53 @@ def outputs(model: nn.Module, held: list[Any], name: str) -> list[Tensor]:
     finally:
         for site, mode in before.items():
             site.mode = mode
-    return [tensor.detach().float() for tensor in found if tensor.is_floating_point()]
+    return [tensor.detach().float() for tensor in found if tensor.is_floating_point() and tensor.ndim]
 
 
-def output_distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Squared distance of outputs, each in units of its own size; entries that are not finite (masked) do not count."""
-    total = 0.0
+def item_errors(found: list[Tensor], expected: list[Tensor]) -> Tensor:
+    """Squared distance of outputs, item by item, each output in units of its own size.
+
+    Args:
+        found, expected: from :func:`outputs`; entries that are not finite (masked) do not count.
+
+    Returns:
+        ``(n,)``, float64: one number for each first index of each output.
+
+    Example:
+        >>> item_errors([torch.tensor([[1.0], [3.0]])], [torch.tensor([[1.0], [2.0]])]).tolist()
+        [0.0, 0.2]
+
+    Paper: none.
+    """
+    parts = []
     for one, other in zip(found, expected, strict=True):
-        one, other = (tensor.double().nan_to_num(0.0, 0.0, 0.0) for tensor in (one, other))
-        total += float((one - other).square().sum() / other.square().sum().clamp(min=1e-30))
-    return total
+        one, other = (tensor.double().nan_to_num(0.0, 0.0, 0.0).reshape(len(tensor), -1) for tensor in (one, other))
+        parts.append((one - other).square().sum(1) / other.square().sum().clamp(min=1e-30))
+    return torch.cat(parts)
+
+
+def transforms_help(transformed: nn.Module, plain: nn.Module, batches: list[Any], *, w_bits: int, a_bits: int) -> bool:
+    """Whether a model with transforms, rounded to nearest, is not clearly worse than without, on items kept back.
+
+    Args:
+        transformed, plain: a prepared model, with and without; both are left as they are.
+        batches: calibration data; three quarters of the items calibrate, the others judge.
+        w_bits, a_bits: see :func:`s2d.ptq.quantize`.
+
+    Returns:
+        True also where too few items are kept back to tell, or nothing is rounded.
+
+    Paper: none.
+    """
+    held = kept_back(batches)
+    if sum(map(item_count, held)) < FEW_ITEMS or {w_bits, a_bits} <= set(SWITCHED_OFF):
+        return True
+    expected, errors = outputs(plain, held, "float"), []
+    for model in (transformed, plain):
+        rounded = copy.deepcopy(model)
+        rtn(rounded, taken(batches), w_bits=w_bits, a_bits=a_bits)
+        errors.append(item_errors(outputs(rounded, held, "quantized"), expected))
+    return not clearly_above(*errors)
 
 
 def output_errors(change: Tensor, weight: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Seen, Shared, item_count, site_inputs
-from s2d.ptq.judge import FEW_ITEMS, kept_back, note, output_distance, outputs, replaced
+from s2d.ptq.judge import FEW_ITEMS, clearly_above, item_errors, kept_back, note, outputs, replaced
 from s2d.ptq.quantizers import SWITCHED_OFF, TIE, AffineQuantizer, Quantizer, fake_quantize, first_least
 from s2d.ptq.rtn import check_activations
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedProduct, Site, quantized_layers, sites
@@ -695,20 +695,20 @@ KINDS = {
 
 
 def _keep_what_helps(model: nn.Module, held: list[Any], begun: dict[str, dict[str, Quantizer | None]]) -> None:
-    """Put the grids of a kind back to those the search began with, where the model's output has less error then."""
+    """Put the grids of a kind back to those the search began with, where the model's output clearly has less error."""
     if sum(map(item_count, held)) < FEW_ITEMS:
         return
     expected = outputs(model, held, "float")
 
-    def error() -> float:
+    def errors() -> Tensor:
         weights = {
             name: site.weight.detach() if site.weight_quantizer is None else site.weight_quantizer(site.weight.detach())
             for name, site in quantized_layers(model).items()
         }
         with replaced(model, weights):
-            return output_distance(outputs(model, held, "quantized"), expected)
+            return item_errors(outputs(model, held, "quantized"), expected)
 
-    found, least = sites(model), error()
+    found, least = sites(model), errors()
     for kind, attributes in KINDS.items():
         before: dict[tuple[str, str], Quantizer | None] = {}
         for name, made in begun.items():
@@ -718,8 +718,8 @@ def _keep_what_helps(model: nn.Module, held: list[Any], begun: dict[str, dict[st
                     setattr(found[name], attribute, made[attribute])
         if not before:
             continue
-        now = error()
-        worse = now < least * (1 - TIE)
+        now = errors()
+        worse = clearly_above(least, now)
         if worse:
             least = now
         else:

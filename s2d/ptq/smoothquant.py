@@ -80,9 +80,21 @@ def smooth(model: nn.Module, batches: list[Any], *, alpha: float = 0.5) -> None:
     Paper: none (SmoothQuant).
     """
     smoothing_factors(torch.ones(1), torch.ones(1), alpha)  # refuse a bad alpha also where no norm can be scaled
-    groups = scalable_groups(model)
+    groups = _smoothable(model)
     for norm, ends in _channel_ends(model, batches, groups).items():
         _smooth_norm(model, norm, groups[norm], ends, alpha)
+
+
+def _smoothable(model: nn.Module) -> dict[str, list[QuantizedLinear]]:
+    """The norms that can be smoothed; a warning where there are norms and none of them can."""
+    groups = scalable_groups(model)
+    if not groups and any(site.after == "norm" for site in quantized_layers(model).values()):
+        warnings.warn(
+            "nothing to smooth: something other than Linear layers reads what each norm puts out too (the residual sum "
+            "of a post-norm network, say), or it cannot be scaled; the result is that without smoothing",
+            stacklevel=3,
+        )
+    return groups
 
 
 def _smooth_norm(model: nn.Module, norm: str, layers: list[QuantizedLinear], ends: Ends, alpha: float) -> None:
@@ -153,13 +165,7 @@ def smoothquant(
     """
     check_activations(activations)
     smoothing_factors(torch.ones(1), torch.ones(1), alpha)
-    groups = scalable_groups(model)
-    if not groups and any(site.after == "norm" for site in quantized_layers(model).values()):
-        warnings.warn(
-            "nothing to smooth: something other than Linear layers reads what each norm puts out too (the residual sum "
-            "of a post-norm network, say), or it cannot be scaled; the result is that of rtn",
-            stacklevel=2,
-        )
+    groups = _smoothable(model)
     grids = {"symmetric": symmetric, "activations": activations}
     if groups and (w_bits not in SWITCHED_OFF or a_bits not in SWITCHED_OFF):
         _smooth_where_it_helps(model, batches, groups, alpha, w_bits, a_bits, shared, grids)
