@@ -12,11 +12,12 @@ import torch
 from encoders import Encoder, relative_error, sentences
 from torch import Tensor, nn
 
-from s2d.ptq import METHODS, coverage, quantize
+from s2d.ptq import METHODS, coverage, quantize, quantize_each
 from s2d.ptq.erq import excess_error, input_moments, share_that_helps
 from s2d.ptq.judge import clearly_above, fitted_rows, inputs_as_run, kept_back, nearest, replaced, taken
 from s2d.ptq.prepare import prepare
 from s2d.ptq.quantizers import AffineQuantizer
+from s2d.ptq.rotation import rotate
 from s2d.ptq.rtn import calibrate_inputs, rtn
 from s2d.ptq.sites import quantized_layers, set_mode
 from s2d.ptq.twin_uniform import TwinUniformTail
@@ -167,6 +168,46 @@ def test_coverage_says_what_was_held_back() -> None:
     assert all("aqer" in text and "wqer" in text and text.endswith(" %") for text in judged.values())
     assert any("aqer 100 %" in text for text in judged.values())
     assert {row["held_back"] for row in coverage(quantize(model, w_bits=6, a_bits=6, calibration=x))} == {""}
+
+
+# --- transforms ---
+
+
+def ternary(count: int, seed: int) -> Tensor:
+    """Inputs that two bits hold exactly, until they are rotated."""
+    return torch.randint(-1, 2, (count, 32), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def with_an_outlier(count: int, seed: int) -> Tensor:
+    x = normal(count, 32, seed=seed)
+    x[:, 7] *= 60
+    return x
+
+
+@pytest.mark.parametrize(("data", "bits", "helps"), [(ternary, 3, False), (with_an_outlier, 6, True)])
+def test_a_rotation_is_left_out_where_it_does_harm(data, bits: int, helps: bool) -> None:
+    torch.manual_seed(0)
+    model, x, test = nn.Sequential(nn.Linear(32, 16)).eval(), data(64, 1), data(200, 2)
+    model[0].weight.data[:, 7] = 0.0  # what the outlier holds is of no use
+    options = {"w_bits": 8, "a_bits": bits, "calibration": x}
+    plain = quantize(model, **options)
+    rotated = quantize(model, transforms=[rotate], **options)  # as a function: applied as it is
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        judged, eight = quantize_each(
+            model, [{"w_bits": 8, "a_bits": bits}, {"w_bits": 8, "a_bits": 8}], calibration=x, transforms="rotation"
+        )
+    errors = [relative_error(quantized, model, test) for quantized in (plain, rotated)]
+    assert (errors[1] < 0.8 * errors[0]) == helps and (errors[1] > 1.2 * errors[0]) != helps
+    assert torch.equal(judged(test), (rotated if helps else plain)(test))
+    said = [
+        str(w.message)
+        for w in heard
+        if f"rotation left out at W8A{bits}: on calibration items kept back" in str(w.message)
+    ]
+    assert bool(said) != helps
+    assert coverage(judged)[0]["held_back"] == f"rotation {0 if helps else 100} %"
+    assert relative_error(eight, model, test) < 0.2
 
 
 # --- per token ---

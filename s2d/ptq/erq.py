@@ -45,6 +45,7 @@ STEPS = 100
 RIDGE_FACTORS = (1.0, 10.0, 100.0)
 FOLDS = 4
 FEW_OUTPUTS = 128
+COSTLY = 300  # inputs of a layer from which on two parts judge: a solve takes longer than they would gain
 
 
 @torch.no_grad()
@@ -495,8 +496,7 @@ def best_ridge(folds: list[Moments], total: Moments, ridge: float) -> float | No
     """
     some = slice(None, None, -(-total.cross.shape[1] // FEW_OUTPUTS))
     errors = torch.zeros(len(RIDGE_FACTORS), device=total.gram.device)
-    # Where a solve is costly, two parts judge.
-    judges = folds[: FOLDS if len(total.gram) < 1024 else 2] if len(folds) > 1 else []
+    judges = folds[: FOLDS if len(total.gram) < COSTLY else 2] if len(folds) > 1 else []
     for fold in judges:
         rest, test = (Moments(m.gram.float(), m.cross[:, some].float(), m.rows) for m in (total - fold, fold))
         for i, factor in enumerate(RIDGE_FACTORS):
