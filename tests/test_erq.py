@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from s2d.ptq import quantize
 from s2d.ptq.erq import (
     ColumnGroupQuantizer,
-    activation_correction,
+    best_ridge,
     excess_error,
     full_grid,
     input_moments,
     outlier_columns,
     refine_rounding,
+    ridge_solution,
     round_half_by_half,
     solve_layer,
     solve_upper,
@@ -96,7 +97,7 @@ def test_correction_is_the_least_squares_solution_of_the_stacked_system(ridge: f
     total = input_moments(x, site.weight, quantizer)
     seen = quantizer(x).double()
     wanted = (x.double() - seen) @ site.weight.detach().double().T
-    found = activation_correction(folds, total, ridge)
+    found = ridge_solution(total, best_ridge(folds, total, ridge))
     distances = []
     for factor in (1, 10, 100):
         strength = (ridge * factor * seen.square().mean(0).mean() * len(x)).sqrt()
@@ -113,7 +114,8 @@ def test_correction_of_nothing_but_noise_is_none() -> None:
     x, site = normal(24, 40), layer(width=40, a_bits=8)
     folds = [input_moments(part, site.weight, site.input_quantizer) for part in x.split(6)]
     total = folds[0] + folds[1] + folds[2] + folds[3]
-    found = activation_correction(folds, total, 1e-6)
+    multiple = best_ridge(folds, total, 1e-6)
+    found = torch.zeros_like(total.cross.T) if multiple is None else ridge_solution(total, multiple)
     fresh = input_moments(normal(5000, 40, seed=5), site.weight, site.input_quantizer)
     overfitted = solve_upper(upper_factor(total.gram, 1e-6), total.cross).T
     assert excess_error(overfitted, fresh).sum() > 0  # worse than doing nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,13 +15,14 @@ from torch import nn
 
 from s2d.ptq.calibrate import Shared, split_batches
 from s2d.ptq.erq import erq
+from s2d.ptq.judge import note, transforms_help
 from s2d.ptq.prepare import coverage, device_of, prepare
 from s2d.ptq.ptq4vit import base_ptq, ptq4vit
 from s2d.ptq.quantizers import check_bits
 from s2d.ptq.repq_vit import repq_vit
 from s2d.ptq.rotation import rotate
 from s2d.ptq.rtn import rtn
-from s2d.ptq.sites import set_mode
+from s2d.ptq.sites import quantized_layers, set_mode
 from s2d.ptq.smoothquant import smooth, smoothquant
 
 METHODS: dict[str, Callable] = {
@@ -71,7 +73,9 @@ def quantize(
         w_bits, a_bits: 2 to 8; 16 or 32 leaves that side in floating point.
         calibration: ``(N, ...)`` images, N >= 1, disjoint from what the result is tested on; or a tuple or mapping of
             tensors, as the model is called; or a list of such batches.
-        transforms: keys of ``TRANSFORMS``, or functions of a prepared model and the batches, applied first.
+        transforms: keys of ``TRANSFORMS``, or functions of a prepared model and the batches, applied first. Named ones
+            are left out, with a warning, where they make round-to-nearest clearly worse at these bit widths on
+            calibration items kept back for that; functions are applied as they are.
         exclude: name patterns of layers and attentions that stay in floating point.
         batch_size: calibration items a forward pass.
         progress: called with a line of text now and then; None for silence.
@@ -148,28 +152,54 @@ def quantize_each(
     with torch.inference_mode(False), torch.no_grad():
         batches = split_batches(calibration, batch_size, device_of(model))
         prepared = prepare(model, batches, exclude=exclude)
+        judged = bool(transforms) and all(isinstance(transform, str) for transform in transforms)
+        plain = copy.deepcopy(prepared) if judged else None
         for transform in applied:
             transform(prepared, batches)
     names = [
         transform if isinstance(transform, str) else getattr(transform, "__name__", str(transform))
         for transform in transforms
     ]
-    return _copies(prepared, batches, [setting | {"transforms": names} for setting in described], progress)
+    return _copies(prepared, plain, batches, [setting | {"transforms": names} for setting in described], progress)
 
 
 def _copies(
-    prepared: nn.Module, batches: list[Any], settings: list[dict], progress: Callable[[str], None] | None
+    prepared: nn.Module,
+    plain: nn.Module | None,
+    batches: list[Any],
+    settings: list[dict],
+    progress: Callable[[str], None] | None,
 ) -> Iterator[nn.Module]:
-    # A single copy need not keep anything.
-    common = {"progress": progress, "shared": Shared() if len(settings) > 1 else None}
+    """``plain`` is the model without its transforms, where these have to show that they help."""
+    # A single copy need not keep anything; what is kept is of one of the two models.
+    shared = {with_transforms: Shared() if len(settings) > 1 else None for with_transforms in (True, False)}
     for left, setting in zip(reversed(range(len(settings))), settings, strict=True):
         with torch.inference_mode(False), torch.no_grad():
-            quantized = copy.deepcopy(prepared) if left else prepared
             bits = {name: setting[name] for name in ("w_bits", "a_bits")}
+            helps = plain is None or transforms_help(prepared, plain, batches, **bits)
+            chosen = prepared if helps else plain
+            quantized = copy.deepcopy(chosen) if left else chosen
+            if plain is not None:
+                _note_transforms(quantized, setting, helps)
+            setting = setting if helps else setting | {"transforms": []}
+            common = {"progress": progress, "shared": shared[helps]}
             METHODS[setting["method"]](quantized, batches, **bits, **common, **setting["options"])
         set_mode(quantized, "quantized")
         quantized.__dict__["s2d_quantization"] = setting
         yield quantized.eval()
+
+
+def _note_transforms(quantized: nn.Module, setting: Mapping[str, Any], helps: bool) -> None:
+    for name in quantized_layers(quantized):
+        for transform in setting["transforms"]:
+            note(quantized, name, transform, helps)
+    if not helps:
+        warnings.warn(
+            f"{' and '.join(setting['transforms'])} left out at W{setting['w_bits']}A{setting['a_bits']}: on "
+            "calibration items kept back, rounding to nearest has clearly more error with than without (give the "
+            "function instead of its name to have it all the same)",
+            stacklevel=3,
+        )
 
 
 def _described(

@@ -129,6 +129,43 @@ def first_items(batches: list[Any], count: int = 2) -> Any:
     return _slice(batches[0], lengths[0], 0, count) if len(lengths) == 1 and not square else batches[0]
 
 
+def item_count(batch: Any) -> int:
+    """How many items a batch has: its first dimension, or 1 for one whose tensors differ in it.
+
+    Example:
+        >>> item_count(torch.zeros(5, 3)), item_count((torch.zeros(5, 3), torch.zeros(2)))
+        (5, 1)
+
+    Paper: none.
+    """
+    lengths = _lengths(batch)
+    return lengths[0] if len(lengths) == 1 else 1
+
+
+def pick_items(batch: Any, items: Tensor) -> Any:
+    """Some items of a batch, in the same form; all of it where it counts as one.
+
+    Args:
+        batch: as the model is called.
+        items: ``(n,)``, int64, below :func:`item_count`.
+
+    Example:
+        >>> pick_items({"x": torch.arange(4.0), "scale": 2}, torch.tensor([0, 3]))
+        {'x': tensor([0., 3.]), 'scale': 2}
+
+    Paper: none.
+    """
+    lengths = _lengths(batch)
+    if len(lengths) != 1:
+        return batch
+
+    def part(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.ndim and len(value) == lengths[0]
+        return value[items.to(value.device)] if whole else value
+
+    return _mapped(batch, part)
+
+
 class Shared:
     """What several quantized copies of one model have in common: computed for the first, kept for the others.
 

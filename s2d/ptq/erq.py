@@ -13,7 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import Shared, site_inputs
+from s2d.ptq.calibrate import Shared, item_count, site_inputs
+from s2d.ptq.judge import (
+    FEW_ITEMS,
+    clearly_above,
+    fitted_rows,
+    inputs_as_run,
+    item_errors,
+    kept_back,
+    nearest,
+    note,
+    outputs,
+    replaced,
+)
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
     Quantizer,
@@ -33,6 +45,7 @@ STEPS = 100
 RIDGE_FACTORS = (1.0, 10.0, 100.0)
 FOLDS = 4
 FEW_OUTPUTS = 128
+COSTLY = 300  # inputs of a layer from which on two parts judge: a solve takes longer than they would gain
 
 
 @torch.no_grad()
@@ -45,6 +58,8 @@ def erq(
     progress: Callable[[str], None] | None = None,
     shared: Shared | None = None,
     softmax: str = "auto",
+    gelu: str = "auto",
+    activations: str = "per_tensor",
     ridge: float = 0.1,
     aqer: bool = True,
     wqer: bool = True,
@@ -60,10 +75,17 @@ def erq(
 
     Where this differs from what was published: the ridge is relative to the inputs' mean square, so that neither the
     number of images nor the scale of the inputs matters, and leaves the bias alone. Aqer's is chosen for each layer by
-    cross-validation (:func:`activation_correction`): 32 images are few for d x d unknowns, and without that most layers
+    cross-validation (:func:`best_ridge`): 32 images are few for d x d unknowns, and without that most layers
     of a small ViT end with more error on other images than they had, and ERQ behind RepQ-ViT. Rounding is refined
     against the error that the remaining columns cannot make up for. A row for which all this ends above plain rounding
     in the layer's own squared error takes plain rounding.
+
+    And each reduction is judged on a quarter of the calibration items, behind layers that are quantized
+    (:mod:`s2d.ptq.judge`): of Aqer's correction, fitted to the other items for this and then to all, as large a part is
+    taken as lowers the error there (a line search from none to all); a layer whose Wqer ends above plain rounding there
+    takes plain rounding; and all of it gives way to RepQ-ViT's rounding where the model's output is clearly worse.
+    Fitted to floating-point inputs and not judged, Aqer made a sentence encoder worse than no method at all: with
+    inputs whose largest value is 90 times the root mean square it relies on what no quantized network passes on.
 
     Args:
         model: a prepared model, changed in place.
@@ -72,15 +94,15 @@ def erq(
             weights in floating point, Aqer alone is left.
         progress: called with a line of text for each site.
         shared: keeps what the sites see for other copies of the model.
-        softmax: as in :func:`s2d.ptq.repq_vit.repq_vit`.
+        softmax, gelu, activations: as in :func:`s2d.ptq.repq_vit.repq_vit`.
         ridge: lambda over the mean square of the inputs, above zero; for Aqer, the least of those tried.
         aqer, wqer, refine: whether to reduce the activation error and the weight error, and to refine the rounding.
         column_groups: in layers behind a norm, a grid of its own for the twentieth of the columns with most outliers
             (:class:`ColumnGroupQuantizer`).
 
     Raises:
-        ValueError: for a ridge that is not positive and finite, another choice of ``softmax``, or calibration data
-            that is not finite or misses a site.
+        ValueError: for a ridge that is not positive and finite, another choice of ``softmax``, ``gelu`` or
+            ``activations``, or calibration data that is not finite or misses a site.
 
     Cost: for a layer of d inputs and m outputs, a Cholesky factor of d x d in float64 and about m d^2 operations more;
     memory: one layer's activations, about seven d x d matrices in float64, and the new weights. With 6304 rows on one
@@ -90,16 +112,30 @@ def erq(
     """
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge is {ridge!r}: give a number above zero, such as 0.1")
-    calibrate_activations(model, batches, a_bits, softmax=softmax, progress=progress, shared=shared)
+    options = {"w_bits": w_bits, "softmax": softmax, "gelu": gelu, "activations": activations}
+    calibrate_activations(model, batches, a_bits, **options, progress=progress, shared=shared)
     layers = quantized_layers(model).values()
     linear = [site for site in layers if not isinstance(site, CONVOLUTIONS)]
+    with replaced(model, nearest(model, w_bits)):
+        as_run = inputs_as_run(model, kept_back(batches), linear)
     solved: dict[str, tuple[Tensor, Tensor]] = {}  # set at the end, as the model runs in floating point until then
     for seen in site_inputs(model, batches, linear, progress=progress):
         site, x = seen.site, seen.inputs[0].reshape(-1, seen.inputs[0].shape[-1])
         group = outlier_columns(site.weight.detach()) if column_groups and site.after == "norm" else None
         fit = partial(_fit, n_bits=w_bits, group=group) if w_bits not in SWITCHED_OFF else None
-        new = solve_layer(site, x, fit, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
+        kept: dict[str, float] = {}
+        judge = {"fitted": fitted_rows(len(x), batches), "held": as_run.pop(site.name, None), "kept": kept}
+        new = solve_layer(site, x, fit, **judge, ridge=ridge, aqer=aqer, wqer=wqer, refine=refine)
+        for what, share in kept.items():
+            note(model, site, what, share)
         solved[site.name] = tuple(part.to(site.weight.dtype) for part in new)
+    if w_bits not in SWITCHED_OFF and not _helps(model, kept_back(batches), solved, w_bits):
+        for site in linear:
+            site.weight_quantizer = row_quantizer(site.weight, w_bits, PERCENTILES)
+            solved[site.name] = site.weight_quantizer(site.weight.detach()), site.weight.new_zeros(len(site.weight))
+            if site.bias is not None:
+                solved[site.name] = solved[site.name][0], site.bias.detach().clone()
+            note(model, site, "erq", 0.0)
     for site in linear:
         weight, bias = solved[site.name]
         site.weight.copy_(weight)
@@ -112,6 +148,21 @@ def erq(
         if isinstance(site, CONVOLUTIONS) and w_bits not in SWITCHED_OFF:
             site.weight_quantizer = row_quantizer(site.weight, w_bits, PERCENTILES)
             site.freeze_weight()
+
+
+def _helps(model: nn.Module, held: list[Any], solved: dict[str, tuple[Tensor, Tensor]], w_bits: int) -> bool:
+    """Whether the model puts out no more error with the new weights than with RepQ-ViT's, where that can be told."""
+    if sum(map(item_count, held)) < FEW_ITEMS:
+        return True
+    layers = quantized_layers(model)
+    expected = outputs(model, held, "float")
+    plain = {name: row_quantizer(layers[name].weight, w_bits, PERCENTILES)(layers[name].weight) for name in solved}
+    errors = []
+    for weights in ({name: weight for name, (weight, _) in solved.items()}, plain):
+        biases = {name: bias for name, (_, bias) in solved.items()} if weights is not plain else {}
+        with replaced(model, weights, biases):
+            errors.append(item_errors(outputs(model, held, "quantized"), expected))
+    return not clearly_above(*errors)
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------
@@ -257,6 +308,10 @@ class Moments:
     def __sub__(self, other: Moments) -> Moments:
         return Moments(self.gram - other.gram, self.cross - other.cross, self.rows - other.rows)
 
+    def single(self) -> Moments:
+        """In float32: twice as fast, and exact enough to say which of two errors is less."""
+        return Moments(self.gram.float(), self.cross.float(), self.rows)
+
 
 def solver_dtype(device: torch.device) -> torch.dtype:
     """The dtype to solve linear systems in: float64 where there is one."""
@@ -301,6 +356,9 @@ def solve_layer(
     fit: Callable[[Tensor], Quantizer] | None,
     *,
     ridge: float,
+    fitted: Tensor | None = None,
+    held: Tensor | None = None,
+    kept: dict[str, float] | None = None,
     aqer: bool = True,
     wqer: bool = True,
     refine: bool = True,
@@ -312,20 +370,34 @@ def solve_layer(
         x: ``(n, d)``, its inputs.
         fit: gives a frozen quantizer for a weight, its scales in the same shape each time; None leaves the weight in
             floating point.
+        fitted: ``(n,)``, which of the inputs Aqer is fitted to before it is judged; in the end it is fitted to all.
+        held: ``(m, d)``, what it reads in the quantized network of data kept back; None for no such judge.
+        kept: takes, by name (``"aqer"``, ``"wqer"``), which share of each reduction the judge kept.
 
     Returns:
         Weight and bias in float64, the weight on the quantizer's grid.
 
     Paper: none; ERQ.
     """
-    folds = [input_moments(part, site.weight, site.input_quantizer) for part in x.tensor_split(FOLDS) if len(part)]
+    measure = partial(input_moments, weight=site.weight, quantizer=site.input_quantizer)
+    part, rest = (x, x[:0]) if held is None or fitted is None else (x[fitted], x[~fitted])
+    folds = [measure(rows) for rows in part.tensor_split(FOLDS) if len(rows)]
     moments = reduce(operator.add, folds)
+    judge = None if held is None else measure(held)
     weight = site.weight.detach().to(moments.gram.dtype)
     bias = weight.new_zeros(len(weight)) if site.bias is None else site.bias.detach().to(weight.dtype)
     original = torch.cat([weight, bias[:, None]], 1)
-    goal = original
+    goal, kept = original, {} if kept is None else kept
     if aqer and site.input_quantizer is not None:
-        goal = original + activation_correction(folds, moments, ridge)
+        multiple = best_ridge(folds, moments, ridge)
+        if judge is not None and multiple is not None:
+            kept["aqer"] = share_that_helps(ridge_solution(moments, multiple).float(), judge.single())
+        elif judge is not None:
+            kept["aqer"] = 0.0
+    if len(rest):
+        moments = moments + measure(rest)
+    if aqer and site.input_quantizer is not None and multiple is not None and kept.get("aqer", 1.0) > 0:
+        goal = original + kept.get("aqer", 1.0) * ridge_solution(moments, multiple)
     if fit is None:
         return goal[:, :-1], goal[:, -1]
     site.weight_quantizer = quantizer = fit(goal[:, :-1].float())
@@ -335,11 +407,39 @@ def solve_layer(
     # The error is a sum over rows, so each may fall back on its own.
     plain_quantizer = fit(weight.float())
     plain = _rounded(original, plain_quantizer)
-    worse = (excess_error(best - original, moments) > excess_error(plain - original, moments))[:, None]
+    changes = [(weights - original).float() for weights in (best, plain)]
+    single = moments.single()
+    worse = (excess_error(changes[0], single) > excess_error(changes[1], single))[:, None]
+    if judge is not None:
+        changes[0] = torch.where(worse, changes[1], changes[0])
+        errors = [excess_error(change, judge.single()).sum() for change in changes]
+        kept["wqer"] = float(errors[0] <= errors[1])
+        worse |= kept["wqer"] == 0
     best = torch.where(worse, plain, best)
     quantizer.scale = torch.where(worse, plain_quantizer.scale, quantizer.scale)
     quantizer.zero_point = torch.where(worse, plain_quantizer.zero_point, quantizer.zero_point)
     return best[:, :-1], best[:, -1]
+
+
+def share_that_helps(change: Tensor, judge: Moments) -> float:
+    r"""As large a part of a change of [W, b] as lowers the error on other rows the most, from 0 (none) to 1 (all).
+
+    .. math:: t = \operatorname{clamp}\left(\frac{\langle D, C^T \rangle}{\langle D G, D \rangle}, 0, 1\right)
+
+    Args:
+        change: D, ``(outputs, d + 1)``.
+        judge: G and C of rows that it was not fitted to.
+
+    Example:
+        >>> judge = input_moments(torch.tensor([[0.4], [1.6]]), torch.eye(1), torch.round)  # read as 0 and 2
+        >>> round(share_that_helps(torch.tensor([[-0.4, 0.0]]).double(), judge), 3)  # reads 2 where it was 1.6
+        0.5
+
+    Paper: none.
+    """
+    straight = (change * judge.cross.T).sum()
+    square = ((change @ judge.gram) * change).sum()
+    return float((straight / square).clamp(0, 1)) if straight > 0 else 0.0
 
 
 def _rounded(augmented: Tensor, quantizer: Quantizer) -> Tensor:
@@ -363,16 +463,11 @@ def excess_error(change: Tensor, moments: Moments) -> Tensor:
     return ((change @ moments.gram - 2 * moments.cross.T) * change).sum(1)
 
 
-def activation_correction(folds: list[Moments], total: Moments, ridge: float) -> Tensor:
+def ridge_solution(moments: Moments, ridge: float) -> Tensor:
     r"""What to add to [W, b] for quantized inputs: the solution :math:`(A^T A + \lambda I)^{-1} A^T E`, transposed.
 
-    With few rows the solution follows their noise, more than the layer's error shrinks. So lambda is the multiple of
-    ``ridge`` (of ``RIDGE_FACTORS``) that is best in cross-validation over the folds, and where nothing lowers the error
-    of the rows left out, nothing changes.
-
     Args:
-        folds: moments of parts of the rows.
-        total: their sum.
+        moments: of the rows to fit.
         ridge: lambda over the inputs' mean square.
 
     Returns:
@@ -380,19 +475,34 @@ def activation_correction(folds: list[Moments], total: Moments, ridge: float) ->
 
     Paper: none; ERQ's activation quantization error reduction.
     """
+    return solve_upper(upper_factor(moments.gram, ridge), moments.cross).T
+
+
+def best_ridge(folds: list[Moments], total: Moments, ridge: float) -> float | None:
+    """The ridge for :func:`ridge_solution`.
+
+    With few rows the solution follows their noise, more than the layer's error shrinks. So it is the multiple of
+    ``ridge`` (of ``RIDGE_FACTORS``) that is best in cross-validation over the folds.
+
+    Args:
+        folds: moments of parts of the rows.
+        total: their sum.
+        ridge: the least.
+
+    Returns:
+        None where nothing lowers the error of the rows left out.
+
+    Paper: none.
+    """
     some = slice(None, None, -(-total.cross.shape[1] // FEW_OUTPUTS))
     errors = torch.zeros(len(RIDGE_FACTORS), device=total.gram.device)
-    # Where a solve is costly, two parts judge.
-    judges = folds[: FOLDS if len(total.gram) < 1024 else 2] if len(folds) > 1 else []
+    judges = folds[: FOLDS if len(total.gram) < COSTLY else 2] if len(folds) > 1 else []
     for fold in judges:
         rest, test = (Moments(m.gram.float(), m.cross[:, some].float(), m.rows) for m in (total - fold, fold))
         for i, factor in enumerate(RIDGE_FACTORS):
-            change = solve_upper(upper_factor(rest.gram, ridge * factor), rest.cross).T
-            errors[i] += excess_error(change, test).sum()
+            errors[i] += excess_error(ridge_solution(rest, ridge * factor), test).sum()
     best = int(first_least(errors))
-    if not errors[best] < 0:
-        return torch.zeros_like(total.cross.T)
-    return solve_upper(upper_factor(total.gram, ridge * RIDGE_FACTORS[best]), total.cross).T
+    return ridge * RIDGE_FACTORS[best] if errors[best] < 0 else None
 
 
 def upper_factor(gram: Tensor, ridge: float) -> Tensor:
@@ -501,21 +611,21 @@ def refine_rounding(
     codes = codes.clone()
     delta = (codes - zero_point) * scale - wanted
     slope = 2 * delta @ gram
-    diagonal = gram.diagonal()
     # The other neighbour: above if the code lies below, and the other way round; none where it is off the grid.
     flip = torch.where(delta > 0, -1.0, 1.0)
     flip[(codes + flip < q_min) | (codes + flip > q_max)] = 0
     change = flip * scale
+    square = change.square() * gram.diagonal()
+    going = torch.arange(len(codes), device=codes.device)  # the rows that are not done
     for _ in range(steps):
-        gain = change * (slope + change * diagonal)
-        least, at = gain.min(1, keepdim=True)
-        better = least < 0
-        if not better.any():
+        least, at = torch.addcmul(square, change, slope).min(1, keepdim=True)
+        better = (least < 0)[:, 0]
+        if not better.all():  # a row that is done stays so
+            going, slope, flip, change, square, at = (t[better] for t in (going, slope, flip, change, square, at))
+        if not len(going):
             break
-        moved = torch.where(better, change.gather(1, at), 0)
-        slope.addcmul_(gram[at[:, 0]], moved, value=2)
-        codes.scatter_add_(1, at, torch.where(better, flip.gather(1, at), 0))
-        back = torch.where(better, -1.0, 1.0)
-        flip.scatter_(1, at, flip.gather(1, at) * back)
-        change.scatter_(1, at, change.gather(1, at) * back)
+        slope.addcmul_(gram[at[:, 0]], change.gather(1, at), value=2)
+        codes[going, at[:, 0]] += flip.gather(1, at)[:, 0]
+        for turned in (flip, change):
+            turned.scatter_(1, at, -turned.gather(1, at))
     return codes

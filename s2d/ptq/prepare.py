@@ -18,6 +18,7 @@ from s2d.layers import is_conv1d_of_gpt2
 from s2d.ptq.attention import SplitAttention
 from s2d.ptq.calibrate import first_items
 from s2d.ptq.copies import independent_copy
+from s2d.ptq.judge import held_back
 from s2d.ptq.sites import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -306,7 +307,8 @@ def coverage(model: nn.Module) -> list[dict]:
 
     Returns:
         Rows with site, kind (``linear``, ``conv``, ``qk``, ``pv``, ``left out``), weight, input, other_input: the
-        quantizers as text, ``"float"`` where there is none.
+        quantizers as text, ``"float"`` where there is none; and held_back: which share of what the method would have
+        changed was left out, as it did not help on calibration items kept back for that (``"aqer 40 %"``).
 
     Example:
         >>> from s2d.ptq import quantize
@@ -323,6 +325,7 @@ def coverage(model: nn.Module) -> list[dict]:
         kind = site.kind if not weighted else "linear" if isinstance(site, nn.Linear) else "conv"
         weight = "" if not weighted else str(site.weight_quantizer or "float")
         other = inputs[1] if len(inputs) > 1 else ""
-        rows.append({"site": name, "kind": kind, "weight": weight, "input": inputs[0], "other_input": other})
-    empty = {"weight": "float", "input": "float", "other_input": ""}
+        row = {"site": name, "kind": kind, "weight": weight, "input": inputs[0], "other_input": other}
+        rows.append(row | {"held_back": held_back(model, name)})
+    empty = {"weight": "float", "input": "float", "other_input": "", "held_back": ""}
     return rows + [{"site": line, "kind": "left out"} | empty for line in layout_of(model).left_out]

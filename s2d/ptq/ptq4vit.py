@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.ptq.calibrate import Seen, Shared, site_inputs
+from s2d.ptq.calibrate import Seen, Shared, item_count, site_inputs
+from s2d.ptq.judge import FEW_ITEMS, clearly_above, item_errors, kept_back, note, outputs, replaced
 from s2d.ptq.quantizers import SWITCHED_OFF, TIE, AffineQuantizer, Quantizer, fake_quantize, first_least
+from s2d.ptq.rtn import check_activations
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedProduct, Site, quantized_layers, sites
 from s2d.ptq.trace import tensors_of
-from s2d.ptq.twin_uniform import SPLITS, TwinUniformGELU, TwinUniformSoftmax, twin_gelu, twin_softmax
+from s2d.ptq.twin_uniform import (
+    SPLITS,
+    TAIL_SPLITS,
+    TwinUniformGELU,
+    TwinUniformSoftmax,
+    TwinUniformTail,
+    has_long_tail,
+    tail_steps,
+    twin_gelu,
+    twin_softmax,
+    twin_tail,
+)
 
 FACTORS = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(100))
 """What the initial scale is multiplied by, one after the other."""
@@ -47,6 +60,7 @@ def ptq4vit(
     progress: Callable[[str], None] | None = None,
     shared: Shared | None = None,
     weights: str = "per_tensor",
+    activations: str = "per_tensor",
     likelihood: str = "gaussian",
     rows: int | None = 2048,
     seed: int = 0,
@@ -68,6 +82,13 @@ def ptq4vit(
     logits are the mean of a normal distribution, whose Fisher information measures the squared error of the logits
     themselves, on every image alike. A site without any gradient is judged by its plain squared error.
 
+    A twin grid spends its codes by sign. Where GELU's output has a long tail
+    (:func:`s2d.ptq.twin_uniform.has_long_tail`) the positive half is too coarse for all but a few values, and the codes
+    are spent by size instead (:class:`s2d.ptq.twin_uniform.TwinUniformTail`, whose split is searched). And while the
+    search sees every site alone in a floating-point model, the outcome is judged in the quantized one: the grids of all
+    weights, of all inputs and of all attention products each go back to those the search began with, if that lowers the
+    error of the model's output on calibration items kept back (:mod:`s2d.ptq.judge`).
+
     The public implementation differs on three points, where it does not do what its paper says: it uses the gradient of
     a divergence between the model and itself (zero but for rounding), collapses to the smallest scale where that is
     exactly zero, and adds the two ranges of its softmax quantizer.
@@ -80,6 +101,7 @@ def ptq4vit(
         shared: keeps what the sites see for other copies of the model.
         weights: ``"per_tensor"`` as published (one scale each for q, k and v of a packed projection, and one for each
             output channel of a convolution), or ``"per_channel"``.
+        activations: ``"per_tensor"``, or ``"per_token"`` for inputs of Linear layers measured at run time.
         likelihood: ``"gaussian"``, or ``"categorical"`` for labels sampled from logits (see :func:`label_loss`).
         rows: how many rows of a site's inputs (tokens) the search looks at, evenly spaced among those with a gradient;
             of an attention product or a convolution, as many whole images as have that many. None for all.
@@ -91,9 +113,10 @@ def ptq4vit(
     Paper: none; one of the quantizers that the trained models meet.
     """
     _check_search(weights, rows)
+    check_activations(activations)
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood is {likelihood!r}: choose one of {', '.join(LIKELIHOODS)}")
-    search = Search(w_bits, a_bits, weights, rows, twin=True)
+    search = Search(w_bits, a_bits, weights, activations, rows, twin=True)
     loss, name = _sampled(likelihood, seed), ("inputs", likelihood, seed)
     _search_all(model, batches, search, progress, shared=shared, loss=loss, name=name)
 
@@ -107,6 +130,7 @@ def base_ptq(
     progress: Callable[[str], None] | None = None,
     shared: Shared | None = None,
     weights: str = "per_tensor",
+    activations: str = "per_tensor",
     rows: int | None = 2048,
 ) -> None:
     """Quantize with what PTQ4ViT starts from: the same search, one uniform grid everywhere, and plain squared errors.
@@ -114,7 +138,7 @@ def base_ptq(
     The score is the mean squared error of the site's output (the public implementation offers the cosine as well).
 
     Args:
-        model, batches, w_bits, a_bits, progress, shared, weights, rows: see :func:`ptq4vit`.
+        model, batches, w_bits, a_bits, progress, shared, weights, activations, rows: see :func:`ptq4vit`.
 
     Raises:
         ValueError: as :func:`ptq4vit`.
@@ -122,7 +146,8 @@ def base_ptq(
     Paper: none; the ablation of PTQ4ViT.
     """
     _check_search(weights, rows)
-    _search_all(model, batches, Search(w_bits, a_bits, weights, rows, twin=False), progress, shared=shared)
+    check_activations(activations)
+    _search_all(model, batches, Search(w_bits, a_bits, weights, activations, rows, twin=False), progress, shared=shared)
 
 
 def _check_search(weights: str, rows: int | None) -> None:
@@ -205,6 +230,8 @@ class Factor:
         spread: a number per group, ``(groups,)``, to the shape of ``chosen``.
         kind: the class of the quantizer.
         best: the candidate in use, per group.
+        fixed: the quantizer of a factor whose grid is not searched (measured at run time); None for floating point.
+        largest: where the grids end, for a :class:`s2d.ptq.twin_uniform.TwinUniformTail`.
     """
 
     values: Tensor
@@ -215,10 +242,14 @@ class Factor:
     spread: Callable[[Tensor], Tensor]
     kind: type[Quantizer] = AffineQuantizer
     best: Tensor | None = None
+    fixed: Quantizer | None = None
+    largest: Tensor | None = None
 
     def quantized(self) -> Tensor:
         """The values on the grid in use."""
-        return self.values if self.grids is None else self.quantize(self.values, self.chosen.squeeze(-3))
+        if self.grids is None:
+            return self.values if self.fixed is None else self.fixed(self.values)
+        return self.quantize(self.values, self.chosen.squeeze(-3))
 
     def choose(self, best: Tensor) -> bool:
         """Take a candidate per group into use; whether that changes anything."""
@@ -280,6 +311,20 @@ def after_gelu(values: Tensor, n_bits: int) -> Factor:
     return Factor(values, quantize, grids, _first(grids), _together, _to_all, TwinUniformGELU)
 
 
+def after_gelu_with_long_tail(values: Tensor, n_bits: int) -> Factor:
+    """A factor on a fine and a coarse grid, the split between which is searched."""
+    largest = values.amax()
+    grids = (largest * torch.tensor(TAIL_SPLITS, dtype=values.dtype, device=values.device)).view(-1, 1, 1)
+    quantize = partial(_twin_tail, largest=largest, n_bits=n_bits)
+    return Factor(values, quantize, grids, grids[:1], _together, _to_all, TwinUniformTail, largest=largest)
+
+
+def per_token(values: Tensor, n_bits: int) -> Factor:
+    """A factor whose grid is measured for each row: nothing to search."""
+    fixed = AffineQuantizer(n_bits, granularity="per_token")
+    return replace(in_floating_point(values), fixed=fixed)
+
+
 def after_softmax(values: Tensor, n_bits: int) -> Factor:
     """A factor on the twin grid for probabilities, whose split is searched."""
     splits = torch.tensor(SPLITS, dtype=values.dtype, device=values.device).view(-1, 1, 1)
@@ -312,6 +357,10 @@ def _full_range(x: Tensor, scale: Tensor, n_bits: int) -> Tensor:
 
 def _twin_gelu(x: Tensor, step: Tensor, n_bits: int) -> Tensor:
     return twin_gelu(x, step, n_bits)
+
+
+def _twin_tail(x: Tensor, split: Tensor, largest: Tensor, n_bits: int) -> Tensor:
+    return twin_tail(x, *tail_steps(split, largest, n_bits), n_bits)
 
 
 def _twin_softmax(x: Tensor, split: Tensor, n_bits: int) -> Tensor:
@@ -368,8 +417,16 @@ def _product_errors(
         product = factor.quantize(x.unsqueeze(-3), part)
         if other is not None:  # one product for all: more candidates are more rows
             product = (product.flatten(-3, -2) @ other).unflatten(-2, product.shape[-3:-1])
-        found.append(factor.groups(_squares(product, target, weight, -3).sum(-1).double()))
+        found.append(factor.groups(_row_errors(product, target, weight)))
     return torch.cat(found)
+
+
+def _row_errors(product: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Weighted squared errors of each row and candidate in float64; the product's memory is used up."""
+    error = product.sub_(target.unsqueeze(-3))
+    if weight is not None:
+        error.mul_(weight.unsqueeze(-3))
+    return torch.linalg.vector_norm(error, dim=-1).double().square_()  # squares and sums in one pass
 
 
 def _squares(product: Tensor, target: Tensor, weight: Tensor | None, candidates: int) -> Tensor:
@@ -444,13 +501,20 @@ def _balanced(gradient: Tensor | None, factor: Factor) -> Tensor | None:
 
 @dataclass
 class Search:
-    """What to search, and how; see :func:`ptq4vit`. ``twin``: whether to use the twin quantizers."""
+    """What to search, and how; see :func:`ptq4vit`.
+
+    Attributes:
+        twin: whether to use the twin quantizers.
+        begun: the quantizers that the search of each site began with, by site and attribute.
+    """
 
     w_bits: int
     a_bits: int
     weights: str
+    activations: str
     rows: int | None
     twin: bool
+    begun: dict[str, dict[str, Quantizer | None]] = field(default_factory=dict)
 
     def concerns(self, site: Site) -> bool:
         """Whether the site has anything to search."""
@@ -484,9 +548,24 @@ class Search:
             contests.append(Contest(weight, reads, _transposed(target), judged, (None, -1, -1), blocks))
         if reads.grids is not None:
             contests.append(Contest(reads, weight, target, _balanced(gradient, reads), (0, None, 0), blocks))
+        set_both = partial(self._set, site, weight_quantizer=weight, input_quantizer=reads)
+        set_both(begin=True)
         _take_turns(contests)
-        site.weight_quantizer = _weight_quantizer(weight, self.w_bits, site.weight.ndim)
-        site.input_quantizer = _input_quantizer(reads, self.a_bits)
+        set_both()
+
+    def _set(self, site: Site, *, begin: bool = False, **factors: Factor) -> None:
+        """Put the grids in use into quantizers of the site, to begin with or at the end."""
+        made = {
+            name: _weight_quantizer(factor, self.w_bits, site.weight.ndim)
+            if name == "weight_quantizer"
+            else _input_quantizer(factor, self.a_bits)
+            for name, factor in factors.items()
+        }
+        if begin:
+            self.begun[site.name] = made
+            return
+        for name, quantizer in made.items():
+            setattr(site, name, quantizer)
 
     def _weight(self, site: Site, weight: Tensor) -> Factor:
         weight = _working(weight.detach()).flatten(1)
@@ -498,8 +577,10 @@ class Search:
     def _input(self, site: Site, x: Tensor) -> Factor:
         if self.a_bits in SWITCHED_OFF:
             return in_floating_point(x)
+        if self.activations == "per_token":
+            return per_token(x, self.a_bits)
         if self.twin and site.after == "gelu" and site.input_transform is None:
-            return after_gelu(x, self.a_bits)
+            return (after_gelu_with_long_tail if has_long_tail(x) else after_gelu)(x, self.a_bits)
         return per_tensor(x, self.a_bits)
 
     def _select(self, gradient: Tensor | None, length: int, wanted: int | None) -> tuple[Tensor, Tensor | None]:
@@ -520,11 +601,12 @@ class Search:
 
     def _convolution(self, seen: Seen) -> None:
         site, images, weight = seen.site, _working(seen.inputs[0]), self._weight(seen.site, seen.site.weight)
+        self._set(site, begin=True, weight_quantizer=weight)
         if images.ndim == site.weight.ndim:
             self._convolution_by_outputs(site, images, seen.gradient, weight)
         else:  # images of several sizes, or without a batch dimension
             _by_own_error(weight)
-        site.weight_quantizer = _weight_quantizer(weight, self.w_bits, site.weight.ndim)
+        self._set(site, weight_quantizer=weight)
 
     def _convolution_by_outputs(self, site: Site, images: Tensor, gradient: Tensor | None, weight: Factor) -> None:
         original = weight.values.unsqueeze(0)
@@ -554,13 +636,14 @@ class Search:
         site, (x, y) = seen.site, (_working(tensor) for tensor in seen.inputs)
         together = _is_matrix_product(x, y, seen.output)
         left, right = self._left(site, x, together), self._activation(y.mT.contiguous(), together)
+        set_both = partial(self._set, site, left_quantizer=left, right_quantizer=right)
+        set_both(begin=True)
         if together:
             self._product_by_outputs(seen, left, right)
         else:
             _by_own_error(left)
             _by_own_error(right)
-        site.left_quantizer = _input_quantizer(left, self.a_bits)
-        site.right_quantizer = _input_quantizer(right, self.a_bits)
+        set_both()
 
     def _product_by_outputs(self, seen: Seen, left: Factor, right: Factor) -> None:
         gradient = _usable(seen.gradient, lambda g: g)
@@ -598,8 +681,52 @@ def _search_all(
     concerned = [site for site in sites(model).values() if search.concerns(site)]
     for seen in site_inputs(model, batches, concerned, progress=progress, **collecting):
         search(seen)
+    _keep_what_helps(model, kept_back(batches), search.begun)
     for site in quantized_layers(model).values():  # only now: the search needs the floating-point model
         site.freeze_weight()
+
+
+KINDS = {
+    "inputs": ("input_quantizer",),
+    "weights": ("weight_quantizer",),
+    "products": ("left_quantizer", "right_quantizer"),
+}
+"""What goes back to where the search began, together: all quantizers under these attributes."""
+
+
+def _keep_what_helps(model: nn.Module, held: list[Any], begun: dict[str, dict[str, Quantizer | None]]) -> None:
+    """Put the grids of a kind back to those the search began with, where the model's output clearly has less error."""
+    if sum(map(item_count, held)) < FEW_ITEMS:
+        return
+    expected = outputs(model, held, "float")
+
+    def errors() -> Tensor:
+        weights = {
+            name: site.weight.detach() if site.weight_quantizer is None else site.weight_quantizer(site.weight.detach())
+            for name, site in quantized_layers(model).items()
+        }
+        with replaced(model, weights):
+            return item_errors(outputs(model, held, "quantized"), expected)
+
+    found, least = sites(model), errors()
+    for kind, attributes in KINDS.items():
+        before: dict[tuple[str, str], Quantizer | None] = {}
+        for name, made in begun.items():
+            for attribute in attributes:
+                if made.get(attribute) is not None:
+                    before[name, attribute] = getattr(found[name], attribute)
+                    setattr(found[name], attribute, made[attribute])
+        if not before:
+            continue
+        now = errors()
+        worse = clearly_above(least, now)
+        if worse:
+            least = now
+        else:
+            for (name, attribute), quantizer in before.items():
+                setattr(found[name], attribute, quantizer)
+        for name in dict.fromkeys(name for name, _ in before):
+            note(model, name, f"search of {kind}", not worse)
 
 
 def _working(tensor: Tensor) -> Tensor:
@@ -658,10 +785,13 @@ def _weight_quantizer(factor: Factor, n_bits: int, dimensions: int) -> AffineQua
 
 def _input_quantizer(factor: Factor, n_bits: int) -> Quantizer | None:
     if factor.grids is None:
-        return None
+        return factor.fixed
     if factor.kind is TwinUniformGELU:
         quantizer = TwinUniformGELU(n_bits)
         quantizer.set_scale(factor.chosen)
+    elif factor.kind is TwinUniformTail:
+        quantizer = TwinUniformTail(n_bits)
+        quantizer.set_steps(*tail_steps(factor.chosen, factor.largest, n_bits))
     elif factor.kind is TwinUniformSoftmax:
         quantizer = TwinUniformSoftmax(n_bits)
         quantizer.set_split(factor.chosen)

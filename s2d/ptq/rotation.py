@@ -4,7 +4,7 @@ r"""Rotations of what is quantized: outliers are spread over all channels, and t
 
 The rotated input is made online, at every call: that is the price (:func:`rotation_flops`). Used as a transform:
 
-    >>> from functools import partial
+    >>> from functools import partial, reduce
     >>> from s2d.ptq import quantize
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
     >>> options = {"w_bits": 4, "a_bits": 4, "calibration": torch.randn(32, 8)}
@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -418,15 +418,17 @@ def rotation_error(matrix: Tensor, terms: Terms, bits: int, part: tuple[float, f
     total = matrix.new_zeros(())
     for x, per_row, weight in terms:
         rotated = x @ matrix.T
-        ranged = rotated if per_row else _run(rotated, *part)
-        low, high = (ranged.amin(1, True), ranged.amax(1, True)) if per_row else (ranged.amin(), ranged.amax())
+        if per_row:
+            low, high = rotated.amin(1, True), rotated.amax(1, True)
+        else:
+            pieces = _run(rotated, *part)
+            low, high = (reduce(pick, (end(piece) for piece in pieces)) for pick, end in _ENDS)
         low, high = low.clamp(max=0), high.clamp(min=0)
-        beyond = F.relu(rotated - high) + F.relu(low - rotated)
+        beyond = rotated - torch.minimum(torch.maximum(rotated, low), high)
         with torch.no_grad():
             quantizer = AffineQuantizer(bits, granularity="per_channel" if per_row else "per_tensor")
-            quantizer.observe(ranged)
-            quantizer.freeze()
-            squares = (quantizer(rotated) - rotated).square()
+            quantizer.set_range(low, high)
+            squares = (quantizer(rotated) - rotated).square_()
             rounding = squares.where(beyond == 0, 0)
             rounding = rounding.sum(1, True) if per_row else rounding.sum()
             step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(low.dtype).tiny ** 0.25)
@@ -436,9 +438,14 @@ def rotation_error(matrix: Tensor, terms: Terms, bits: int, part: tuple[float, f
     return total
 
 
-def _run(rows: Tensor, start: float, length: float) -> Tensor:
-    """Contiguous rows, around the end."""
-    return rows.roll(-int(start * len(rows)), 0)[: math.ceil(length * len(rows))]
+_ENDS = ((torch.minimum, Tensor.amin), (torch.maximum, Tensor.amax))
+
+
+def _run(rows: Tensor, start: float, length: float) -> list[Tensor]:
+    """Contiguous rows, around the end: one piece or two."""
+    first, count = int(start * len(rows)), math.ceil(length * len(rows))
+    pieces = [rows[first : first + count], rows[: max(0, first + count - len(rows))]]
+    return [piece for piece in pieces if len(piece)]
 
 
 def unseen_error(matrix: Tensor, terms: Terms, bits: int) -> float:
@@ -466,7 +473,7 @@ def learn_rotation(start: Rotation, terms: Terms, *, bits: int, steps: int, rows
     Paper: none (the idea of SpinQuant, on a loss that needs neither labels nor the rest of the model).
     """
     generator = torch.Generator().manual_seed(start.seed)
-    fitted = [(x if per_row else _run(x, 0.0, LEARNED_FROM), per_row, weight) for x, per_row, weight in terms]
+    fitted = [(x if per_row else _run(x, 0.0, LEARNED_FROM)[0], per_row, weight) for x, per_row, weight in terms]
     sample = [(x if per_row else _sample(x, rows, generator), per_row, weight) for x, per_row, weight in fitted]
     learned = Rotation(start.width, kind="learned", seed=start.seed).to(sample[0][0].device)
     initial = start.dense().float()
@@ -474,10 +481,12 @@ def learn_rotation(start: Rotation, terms: Terms, *, bits: int, steps: int, rows
     if start.width == 1:
         return learned
     least = unseen_error(initial, terms, bits)
+    with torch.no_grad():
+        most = rotation_error(initial, terms, bits)
     for matrix in _descend(initial, sample, bits, torch.rand(steps, generator=generator).tolist()):
         error = unseen_error(matrix, terms, bits)
         with torch.no_grad():
-            if error < least and rotation_error(matrix, terms, bits) <= rotation_error(initial, terms, bits):
+            if error < least and rotation_error(matrix, terms, bits) <= most:
                 least = error
                 learned.matrix.copy_(matrix)
     return learned
@@ -513,6 +522,23 @@ def _descend(initial: Tensor, sample: Terms, bits: int, starts: list[float]) -> 
         optimizer.step()
         schedule.step()
         if index % LOOK_EVERY == 0 or index == len(starts):
-            left, _, right = torch.linalg.svd(box.weight.detach().double())
-            way.append((left @ right).to(initial.dtype))
+            way.append(nearest_orthogonal(box.weight.detach()))
     return way
+
+
+def nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to one that is orthogonal but for rounding.
+
+    Newton's iteration for the polar factor, from 1e-4 or less to the last digit in two steps: a hundredth of the time
+    of the singular value decomposition.
+
+    Example:
+        >>> torch.allclose(nearest_orthogonal(torch.eye(2) + 1e-5), torch.eye(2), atol=1e-7)
+        True
+
+    Paper: none.
+    """
+    found = matrix.double()
+    for _ in range(2):
+        found = 1.5 * found - 0.5 * found @ (found.T @ found)
+    return found.to(matrix.dtype)

@@ -44,12 +44,17 @@ def rtn(
 
     Paper: Table 9 (RTN).
     """
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations is {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
+    check_activations(activations)
     if a_bits not in SWITCHED_OFF:
         calibrate_inputs(model, batches, a_bits, symmetric=symmetric, activations=activations, shared=shared)
     if w_bits not in SWITCHED_OFF:
         round_weights(model, w_bits, symmetric=symmetric)
+
+
+def check_activations(activations: str) -> None:
+    """ValueError for a granularity of activations that there is not."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
 
 
 def calibrate_inputs(

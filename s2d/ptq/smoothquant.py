@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Shared, visit_sites
+from s2d.ptq.judge import inputs_as_run, kept_back, nearest, nearest_weight, note, replaced, taken
+from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer
 from s2d.ptq.reparameterize import rescale_norm, scalable_groups
-from s2d.ptq.rtn import rtn
-from s2d.ptq.sites import QuantizedLinear, Site
+from s2d.ptq.rtn import calibrate_inputs, check_activations, rtn
+from s2d.ptq.sites import QuantizedLinear, Site, quantized_layers
 
 # Half precision must hold the norm's weight divided by the factor.
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-4, 1e4
@@ -76,26 +80,52 @@ def smooth(model: nn.Module, batches: list[Any], *, alpha: float = 0.5) -> None:
     Paper: none (SmoothQuant).
     """
     smoothing_factors(torch.ones(1), torch.ones(1), alpha)  # refuse a bad alpha also where no norm can be scaled
+    groups = _smoothable(model)
+    for norm, ends in _channel_ends(model, batches, groups).items():
+        _smooth_norm(model, norm, groups[norm], ends, alpha)
+
+
+def _smoothable(model: nn.Module) -> dict[str, list[QuantizedLinear]]:
+    """The norms that can be smoothed; a warning where there are norms and none of them can."""
     groups = scalable_groups(model)
-    for norm, x_max in _input_maxima(model, batches, groups).items():
-        layers = groups[norm]
-        w_max = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
-        s = smoothing_factors(x_max, w_max, alpha)
-        rescale_norm(model, norm, layers, s, torch.zeros_like(s))
+    if not groups and any(site.after == "norm" for site in quantized_layers(model).values()):
+        warnings.warn(
+            "nothing to smooth: something other than Linear layers reads what each norm puts out too (the residual sum "
+            "of a post-norm network, say), or it cannot be scaled; the result is that without smoothing",
+            stacklevel=3,
+        )
+    return groups
 
 
-def _input_maxima(model: nn.Module, batches: list[Any], groups: dict[str, list[QuantizedLinear]]) -> dict[str, Tensor]:
-    """max|X_j| of each norm's output."""
-    maxima: dict[str, Tensor] = {}
+def _smooth_norm(model: nn.Module, norm: str, layers: list[QuantizedLinear], ends: Ends, alpha: float) -> None:
+    s = _factors(layers, ends, alpha)
+    rescale_norm(model, norm, layers, s, torch.zeros_like(s))
+
+
+Ends = tuple[Tensor, Tensor]  # the least and the largest value of each channel
+
+
+def _factors(layers: list[QuantizedLinear], ends: Ends, alpha: float) -> Tensor:
+    w_max = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
+    return smoothing_factors(torch.maximum(-ends[0], ends[1]), w_max, alpha)
+
+
+def _channel_ends(model: nn.Module, batches: list[Any], groups: dict[str, list[QuantizedLinear]]) -> dict[str, Ends]:
+    """The range of each channel of each norm's output."""
+    found: dict[str, Ends] = {}
 
     def observe(site: Site, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        here = x.abs().reshape(-1, x.shape[-1]).amax(0)
-        maxima[site.norm] = torch.maximum(maxima[site.norm], here) if site.norm in maxima else here
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+        ends = rows.amin(0), rows.amax(0)
+        found[site.norm] = _both(found[site.norm], ends) if site.norm in found else ends
 
     # All its layers, as some may read a part of its output only (the class token, say).
     visit_sites(model, batches, observe, [layer for layers in groups.values() for layer in layers])
-    return maxima
+    return found
+
+
+def _both(one: Ends, other: Ends) -> Ends:
+    return torch.minimum(one[0], other[0]), torch.maximum(one[1], other[1])
 
 
 def smoothquant(
@@ -112,6 +142,12 @@ def smoothquant(
 ) -> None:
     """Quantize with SmoothQuant: :func:`smooth`, then round to nearest.
 
+    Each norm is smoothed only where that lowers the error of its layers' outputs, at these bit widths, on calibration
+    items that the factors were not taken from and behind layers that are quantized (:mod:`s2d.ptq.judge`). A channel
+    that no weight reads, say, keeps its range while the others give theirs up: all are worse off. A network in which
+    everything else reads the norms too (post-norm: the residual sum does) has nothing to smooth, which is said in a
+    warning.
+
     Args:
         model, batches, w_bits, a_bits, progress, shared, symmetric, activations: see :func:`s2d.ptq.rtn.rtn`.
         alpha: see :func:`smooth`.
@@ -127,14 +163,60 @@ def smoothquant(
 
     Paper: none (SmoothQuant).
     """
-    smooth(model, batches, alpha=alpha)
-    rtn(
-        model,
-        batches,
-        w_bits=w_bits,
-        a_bits=a_bits,
-        progress=progress,
-        shared=None if shared is None else shared.once(("smoothed", alpha), Shared),
-        symmetric=symmetric,
-        activations=activations,
-    )
+    check_activations(activations)
+    smoothing_factors(torch.ones(1), torch.ones(1), alpha)
+    groups = _smoothable(model)
+    grids = {"symmetric": symmetric, "activations": activations}
+    if groups and (w_bits not in SWITCHED_OFF or a_bits not in SWITCHED_OFF):
+        _smooth_where_it_helps(model, batches, groups, alpha, w_bits, a_bits, shared, grids)
+    smoothed = None if shared is None else shared.once(("smoothed", alpha, w_bits, a_bits, *grids.values()), Shared)
+    rtn(model, batches, w_bits=w_bits, a_bits=a_bits, progress=progress, shared=smoothed, **grids)
+
+
+def _smooth_where_it_helps(
+    model: nn.Module,
+    batches: list[Any],
+    groups: dict[str, list[QuantizedLinear]],
+    alpha: float,
+    w_bits: int,
+    a_bits: int,
+    shared: Shared | None,
+    grids: dict[str, Any],
+) -> None:
+    """Smooth the norms whose layers' outputs have less error with it on the items kept back."""
+    if a_bits not in SWITCHED_OFF:
+        calibrate_inputs(model, batches, a_bits, shared=shared, **grids)
+    symmetric = grids["symmetric"]
+    with replaced(model, nearest(model, w_bits, symmetric=symmetric)):
+        layers = [layer for group in groups.values() for layer in group]
+        as_run = inputs_as_run(model, kept_back(batches), layers)
+    fitted = _channel_ends(model, taken(batches), groups)
+    everything = _channel_ends(model, batches, groups)
+    for norm, group in groups.items():
+        if norm not in fitted:  # only items kept back reach it
+            continue
+        s, helped = _factors(group, fitted[norm], alpha), []
+        for factors in (torch.ones_like(s), s):
+            grid = _grid(tuple(end / factors for end in fitted[norm]), a_bits, grids)
+            weights = [nearest_weight(layer.weight * factors, w_bits, symmetric=symmetric) for layer in group]
+            helped.append(
+                sum(
+                    (F.linear(grid(x / factors), weight) - F.linear(x, layer.weight)).square().sum()
+                    for layer, weight in zip(group, weights, strict=True)
+                    if (x := as_run.get(layer.name)) is not None
+                )
+            )
+        helps = bool(helped[1] < helped[0])
+        note(model, group[0], "smoothing", helps)
+        if helps:
+            _smooth_norm(model, norm, group, everything[norm], alpha)
+
+
+def _grid(ends: Ends, a_bits: int, grids: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The min-max grid of an input."""
+    if a_bits in SWITCHED_OFF:
+        return lambda x: x
+    quantizer = AffineQuantizer(a_bits, symmetric=grids["symmetric"], granularity=grids["activations"])
+    if grids["activations"] == "per_tensor":
+        quantizer.set_range(ends[0].amin(), ends[1].amax())
+    return quantizer

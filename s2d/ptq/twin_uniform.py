@@ -1,4 +1,4 @@
-"""Twin uniform quantizers: two uniform grids for the two parts of what comes out of GELU and of softmax."""
+"""Twin uniform quantizers: two uniform grids for two parts of what comes out of GELU and of softmax."""
 
 from __future__ import annotations
 
@@ -155,6 +155,173 @@ class TwinUniformGELU(Quantizer):
 
     def extra_repr(self) -> str:
         return f"{self.n_bits} bits"
+
+
+# --- GELU with a long tail ---
+
+
+# What the largest value is multiplied by to give the end of the fine grid, one after the other.
+TAIL_SPLITS = tuple(2.0 ** (-i / 2) for i in range(2, 16))
+
+
+# Largest value over root mean square from which on the tail is long. It is 5 to 15 in most networks, where a uniform
+# grid does (and has kernels), and 18 to 92 in a sentence encoder: there a step of 8 bits is a third of that mean.
+LONG = 16
+
+
+def has_long_tail(x: Tensor) -> bool:
+    """Whether a few values are so large that a uniform grid has hardly any codes for the others.
+
+    Example:
+        >>> x = torch.ones(10_000)
+        >>> has_long_tail(x), has_long_tail(torch.cat([x, torch.tensor([40.0])]))
+        (False, True)
+
+    Paper: none.
+    """
+    return bool(x.abs().amax() > LONG * x.float().square().mean().sqrt())
+
+
+def tail_steps(split: Tensor, largest: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
+    """The steps of the fine grid up to a split and of the coarse one from there to the largest value."""
+    levels = 2 ** (n_bits - 1)
+    fine = ((split + GELU_MINIMUM) / (levels - 1)).clamp(min=SMALLEST_STEP)
+    return fine, ((largest - _fine_grid(fine, n_bits)[1]) / levels).clamp(min=SMALLEST_STEP)
+
+
+def _fine_grid(fine: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
+    """Zero point and end of the fine grid."""
+    last = 2 ** (n_bits - 1) - 1
+    zero = (GELU_MINIMUM / fine).round().clamp(0, last)
+    return zero, (last - zero) * fine
+
+
+def twin_tail(x: Tensor, fine: Tensor, coarse: Tensor, n_bits: int) -> Tensor:
+    """Fake quantization with the two grids of :class:`TwinUniformTail`.
+
+    Args:
+        x: any shape.
+        fine, coarse: the steps, broadcast against ``x``; a leading dimension holds candidates.
+        n_bits: 2 to 8.
+
+    Returns:
+        In the dtype of ``x``.
+
+    Example:
+        >>> twin_tail(torch.tensor([-0.1, 0.4, 9.0]), torch.tensor(0.1), torch.tensor(2.0), 3)
+        tensor([-0.1000,  0.1000,  8.1000])
+
+    Paper: none.
+    """
+    values, fine = _working(x, fine)
+    levels = 2 ** (n_bits - 1)
+    zero, end = _fine_grid(fine, n_bits)
+    inner = fake_quantize(values, fine, zero, 0, levels - 1)
+    steps = round_to_grid(values - end, coarse, 0, 0, levels)
+    return torch.where(steps > 0, steps * coarse + end, inner).to(x.dtype)
+
+
+class TwinUniformTail(Quantizer):
+    r"""Quantizer for GELU's output with a long tail: a fine grid for most values, a coarse one from its end on.
+
+    Where a few values are ninety times the root mean square, a uniform grid has the others round to nothing. Here half
+    of the codes, :math:`d (q - z)`, reach from GELU's minimum to a split s, the other half, :math:`s + D k`, from there
+    to the largest value; the highest bit of the code says which. Calibration takes the split with the least squared
+    error, of the largest value times :math:`2^{-1}, 2^{-1.5}, \dots, 2^{-7.5}`.
+
+    Args:
+        n_bits: 2 to 8.
+
+    Attributes:
+        fine, coarse: the steps d and D.
+
+    Raises:
+        ValueError: for a bit width or input out of range.
+
+    Example:
+        >>> q = TwinUniformTail(4)
+        >>> q.observe(torch.cat([torch.linspace(-0.17, 1, 500), torch.tensor([40.0])]))
+        >>> q.freeze()
+        >>> q(torch.tensor([-0.2, 0.1, 0.9, 37.0, 99.0]))
+        tensor([-0.1506,  0.1506,  0.9033, 35.1129, 40.0000])
+
+    Paper: none.
+    """
+
+    def __init__(self, n_bits: int) -> None:
+        super().__init__()
+        self.n_bits = check_quantizer_bits(n_bits)
+        self.q_min, self.q_max = 0, 2**n_bits - 1
+        self._kept: list[Tensor] = []
+        self._done = False
+        for name in ("fine", "coarse"):
+            self.register_buffer(name, None)
+
+    def observe(self, x: Tensor) -> None:
+        """Keep data until ``freeze``."""
+        self._done = False
+        self._kept.append(check_observed(x).flatten().clone())  # what comes after may work in place
+
+    def freeze(self) -> None:
+        """Choose the split; once more without new observations changes nothing.
+
+        Raises:
+            ValueError: when nothing was observed.
+        """
+        if self._done:
+            return
+        if not self._kept:
+            raise ValueError("nothing was observed: this quantizer saw no calibration data")
+        x = torch.cat(self._kept)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        largest = torch.where(x.amax() > 0, x.amax(), 1)  # without positive values any will do
+        steps = [tail_steps(largest * split, largest, self.n_bits) for split in TAIL_SPLITS]
+        errors = torch.zeros(len(steps), dtype=torch.float64, device=x.device)
+        for part in x.split(chunk_elements(x.device)):
+            for i, grid in enumerate(steps):
+                errors[i] += (twin_tail(part, *grid, self.n_bits) - part).double().square().sum()
+        self.set_steps(*steps[int(first_least(errors))])
+        self._kept, self._done = [], True
+
+    def set_steps(self, fine: Tensor | float, coarse: Tensor | float) -> None:
+        """Fix the steps.
+
+        Raises:
+            ValueError: unless each is one finite number above zero.
+        """
+        self.fine, self.coarse = (
+            _one_number(check_step(step, name), name) for step, name in ((fine, "fine"), (coarse, "coarse"))
+        )
+
+    def _check_frozen(self) -> None:
+        if self.fine is None:
+            raise ValueError("the quantizer is not calibrated: observe() data, then freeze()")
+
+    def codes(self, x: Tensor) -> Tensor:
+        self._check_frozen()
+        x, fine = _working(x.detach(), self.fine)
+        zero, end = _fine_grid(self.fine, self.n_bits)
+        levels = 2 ** (self.n_bits - 1)
+        inner = round_to_grid(x, fine, zero, 0, levels - 1)
+        steps = round_to_grid(x - end, self.coarse, 0, 0, levels)
+        return torch.where(steps > 0, levels - 1 + steps, inner).to(torch.int16)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        self._check_frozen()
+        zero, end = _fine_grid(self.fine, self.n_bits)
+        steps = codes - (2 ** (self.n_bits - 1) - 1)
+        return torch.where(steps > 0, steps * self.coarse + end, (codes - zero) * self.fine)
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        self._check_frozen()
+        return twin_tail(x, self.fine, self.coarse, self.n_bits)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        zero, end = _fine_grid(self.fine, self.n_bits)
+        return (x >= -zero * self.fine) & (x <= end + 2 ** (self.n_bits - 1) * self.coarse)
+
+    def extra_repr(self) -> str:
+        return f"{self.n_bits} bits, a grid for the tail"
 
 
 # --- softmax ---
