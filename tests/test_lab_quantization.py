@@ -47,7 +47,7 @@ def _one_process(monkeypatch):
 
 def test_names_are_those_of_the_package():
     assert {setting["method"] for setting in METHODS.values()} <= set(PTQ_METHODS)
-    assert {name for names in CONDITIONING.values() for name in names} <= set(TRANSFORMS)
+    assert {name for names in CONDITIONING.values() for name in names} <= set(TRANSFORMS.values())
 
 
 def test_rows_of_round_to_nearest(checkpoints):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from s2d.lab import parallel
 from s2d.lab.evaluate import CALIBRATION_IMAGES, Checkpoints, each
 from s2d.lab.store import Trained
-from s2d.ptq import parse_bits, quantize_each
+from s2d.ptq import TRANSFORMS, parse_bits, quantize_each
 from s2d.ptq.calibrate import visit_sites
 from s2d.ptq.int8 import Int8Session, export_int8, without_product_quantizers
 from s2d.ptq.rotation import rotation_flops
@@ -35,13 +35,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Quantizers by the name they have in tables and figures."""
 
-CONDITIONING: dict[str, tuple[str, ...]] = {
+CONDITIONING: dict[str, tuple[Callable, ...]] = {
     "none": (),
-    "SmoothQuant": ("smooth",),
-    "rotation": ("rotation",),
-    "learned rotation": ("learned_rotation",),
+    "SmoothQuant": (TRANSFORMS["smooth"],),
+    "rotation": (TRANSFORMS["rotation"],),
+    "learned rotation": (TRANSFORMS["learned_rotation"],),
 }
-"""What is done to a checkpoint before it is rounded, by name: see ``s2d.ptq.TRANSFORMS``."""
+"""What is done to a checkpoint before it is rounded, by name. As functions, which are applied as they are: what is
+asked here is what each does, also where it does harm."""
 
 
 @torch.inference_mode()
@@ -124,7 +125,7 @@ class Subject:
             yield self.compared(logits_of(next(models), self.x) if rounded else self.full)
 
     def quantized(
-        self, settings: Sequence[dict[str, Any]], calibration: Tensor, transforms: Sequence[str] = ()
+        self, settings: Sequence[dict[str, Any]], calibration: Tensor, transforms: Sequence[Callable] = ()
     ) -> Iterator[nn.Module]:
         """A quantized copy for each setting."""
         # One batch: the calibration set is small, and so is the model.
