@@ -192,3 +192,22 @@ def test_nothing_is_trained_where_the_encoder_is_missing(wordnet, tmp_path, monk
     with pytest.raises(SystemExit) as stopped:
         encoder.main(["evidence"])
     assert stopped.value.code == 2 and "none/model.safetensors: name a folder" in capsys.readouterr().err
+
+
+def test_the_published_encoder_under_every_quantizer(wordnet, minilm, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
+    monkeypatch.setattr(encoder.parallel, "run", in_this_process)
+    monkeypatch.setattr(encoder, "PUBLISHED_TEST", 24)
+    monkeypatch.setattr(encoder, "PUBLISHED_BITS", ("W8A8", "W4A4"))
+    names = ("RTN", "rotation, then RTN")
+    monkeypatch.setattr(encoder, "AS_PUBLISHED", {name: encoder.AS_PUBLISHED[name] for name in names})
+    encoder.main(["quantizers"])
+    table = pd.read_csv(tmp_path / "data" / "encoder" / "quantizers.csv")
+    assert len(table) == 8 and set(table["items"]) == {24}
+    errors = table.set_index(["method", "activations", "bits"]).error
+    assert (errors.xs("W4A4", level="bits") > 2 * errors.xs("W8A8", level="bits")).all() and errors.gt(0).all()
+    assert "per_token" in capsys.readouterr().out
+    (tmp_path / "build" / "encoder" / "quantizers-0-per_token-W8A8.csv").unlink()  # the table still has it
+    monkeypatch.setattr(encoder, "measure_published", None)
+    encoder.main(["quantizers"])
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "data" / "encoder" / "quantizers.csv"), table)

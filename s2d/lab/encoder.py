@@ -3,10 +3,11 @@
     python -m s2d.lab.encoder tune            every setting on the tuning seeds, judged on validation glosses
     python -m s2d.lab.encoder evidence        the winners on the evidence seeds, on test glosses
     python -m s2d.lab.encoder evidence --seeds 2 --variants AdamW S2D        (a piece of it)
+    python -m s2d.lab.encoder quantizers      every quantizer on the encoder as it was published (ten minutes)
 
-write ``data/encoder/tuning.csv`` and ``data/encoder/evidence.csv``, one row a trained network and quantizer. What these
-have is not done again: a run that was interrupted goes on where it was, also on another machine. Training takes about
-three minutes a network on one core, measuring it two (tune) or five (evidence).
+write ``tuning.csv``, ``evidence.csv`` and ``quantizers.csv`` in ``data/encoder``, one row a network and quantizer. What
+these have is not done again: a run that was interrupted goes on where it was, also on another machine. Training takes
+about three minutes a network on one core, measuring it two (tune) or five (evidence).
 
 What is asked: does S2D help a network that somebody else pretrained, whose outliers are the size of the paper's? AdamW
 is tuned as hard as what it is compared with.
@@ -22,6 +23,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from s2d.files import write_text
 from s2d.lab import parallel
@@ -29,14 +32,14 @@ from s2d.lab.evaluate import layer_statistics
 from s2d.lab.glosses import Glosses, glosses
 from s2d.lab.identity import recipe_key
 from s2d.lab.paths import output_root, repository_root
-from s2d.lab.quantization import METHODS, Subject, setting
+from s2d.lab.quantization import METHODS, Subject, logits_of, setting
 from s2d.lab.recipes import AS_PRINTED, CAP, EVIDENCE_SEEDS, S2D_DECOUPLED, TUNING_SEEDS, arm
 from s2d.lab.results import provenance, save_table
 from s2d.lab.sentence_encoder import SentenceEncoder, encoder_folder
 from s2d.lab.store import Trained, find, train_and_store
 from s2d.lab.training import Recipe
 from s2d.lab.winners import SETTING_COLUMNS, winners
-from s2d.ptq import parse_bits
+from s2d.ptq import parse_bits, quantize
 
 RUN = "encoder"
 STEPS = 300
@@ -46,6 +49,7 @@ SEEDS = EVIDENCE_SEEDS[:5]
 VALIDATION = 1000
 TEST = 1000
 CALIBRATION = 32
+PUBLISHED_TEST = 128
 
 _S2D = ({"lam": 5e-3, "tau": 0.6}, {"lam": 5e-2, "tau": 0.6}, {"lam": 0.5, "tau": 0.6}, {"lam": 5e-2, "tau": 0.3})
 GRID: dict[str, tuple[dict[str, float], ...]] = {
@@ -78,6 +82,17 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 }
 """Quantizers by the name they have in the tables."""
 TUNING_CELLS = (("RTN", "W6A6"), ("RTN", "W5A5"), ("RTN", "W4A4"), ("ERQ", "W4A4"))
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "RTN": METHODS["RTN"],
+    "RTN, symmetric": METHODS["RTN"] | {"symmetric": True},
+    "rotation, then RTN": METHODS["RTN"] | {"transforms": ["rotation"]},
+    "PTQ4ViT": METHODS["PTQ4ViT"],
+    "RepQ-ViT": METHODS["RepQ-ViT"],
+    "ERQ": METHODS["ERQ"],
+}
+"""What the published encoder is quantized by. SmoothQuant finds nothing to smooth in it: it is RTN."""
+GRANULARITIES = ("per_tensor", "per_token")
+PUBLISHED_BITS = ("W8A8", "W6A6", "W4A4")
 EVIDENCE_CELLS = (
     *(("RTN", bits) for bits in ("W8A8", "W6A6", "W5A5", "W4A4")),
     *((name, bits) for name in list(QUANTIZERS)[1:] for bits in ("W6A6", "W4A4")),
@@ -199,6 +214,62 @@ def measure(variant: str, setting: Mapping[str, float], recipe: Recipe, stage: s
     write_text(_row_file(same["key"], stage), rows.to_csv(index=False))
 
 
+def measure_published(name: str, activations: str, bits: str) -> None:
+    """Quantize the published encoder one way and leave the row on disk; called in a worker process.
+
+    The error is that of the normalised embeddings of test glosses, :math:`|q - f| / |f|`.
+
+    Args:
+        name: a key of ``AS_PUBLISHED``.
+        activations: of ``GRANULARITIES``.
+        bits: such as ``"W4A4"``.
+    """
+    torch.set_num_threads(1)
+    model, data = SentenceEncoder().build(0).eval(), Glosses()
+    model.head = nn.Identity()
+    calibration, x = data.fixed_set("calibration", CALIBRATION)[0], data.fixed_set("test", PUBLISHED_TEST)[0]
+    options = setting(parse_bits(bits), **AS_PUBLISHED[name], activations=activations)
+    quantized = quantize(model, calibration=calibration, **options)
+    found, full = (F.normalize(logits_of(each, x), dim=-1) for each in (quantized, model))
+    row = {"method": name, "activations": activations, "bits": bits, "items": len(x)}
+    row |= {"error": ((found - full).norm() / full.norm()).item(), "key": activations}
+    path = _row_file(f"{list(AS_PUBLISHED).index(name)}-{activations}-{bits}", "quantizers")
+    write_text(path, pd.DataFrame([row]).to_csv(index=False))
+
+
+def run_published(workers: int | None = None) -> pd.DataFrame:
+    """The published encoder under every quantizer, bit width and granularity: what is missing is measured.
+
+    Args:
+        workers: processes, one thread each.
+
+    Returns:
+        Columns method, activations, bits, items, error.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`run`.
+    """
+    encoder_folder(SentenceEncoder().encoder), glosses()
+    jobs = [(name, kind, bits) for name in AS_PUBLISHED for kind in GRANULARITIES for bits in PUBLISHED_BITS]
+    known = known_rows("quantizers")
+    done = set(zip(known.method, known.key, known.bits, strict=True))
+    missing = [job for job in jobs if job not in done]
+    if missing:
+        parallel.run(
+            measure_published,
+            missing,
+            names=[" ".join(job) for job in missing],
+            workers=min(parallel.worker_count(workers), len(missing)),
+            unit="quantizer",
+            label="quantizers",
+        )
+    rows = known_rows("quantizers").set_index(["method", "key", "bits"]).loc[jobs].reset_index()
+    rows = rows[["method", "activations", "bits", "items", "error", "key"]]
+    parameters = {"calibration": CALIBRATION, "items": PUBLISHED_TEST}
+    save_table(rows, "quantizers", run=RUN, source=provenance("s2d.lab.encoder", parameters))
+    return rows.drop(columns="key")
+
+
 def wanted(stage: str, variants: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, dict[str, float], Recipe]]:
     """Variant, setting and recipe of every network of a stage, in the order of the table."""
     if stage == "tuning":
@@ -264,13 +335,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m s2d.lab.encoder", description="Fine-tune a real sentence encoder with every variant; quantize."
     )
-    parser.add_argument("stage", choices=["tune", "evidence"])
+    parser.add_argument("stage", choices=["tune", "evidence", "quantizers"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 0 1 to tune, 2 to 6 as evidence")
     parser.add_argument("--workers", type=int, help="processes (default: $S2D_WORKERS or the number of cores)")
     arguments = parser.parse_args(argv)
-    stage, seeds = {"tune": ("tuning", TUNING_SEEDS), "evidence": ("evidence", SEEDS)}[arguments.stage]
+    stage, seeds = {"tune": ("tuning", TUNING_SEEDS)}.get(arguments.stage, (arguments.stage, SEEDS))
     try:
+        if stage == "quantizers":
+            table = run_published(arguments.workers).set_index(["activations", "method", "bits"]).error
+            print(table.unstack("bits", sort=False).round(3).to_string())
+            return
         rows = run(stage, arguments.variants, arguments.seeds or seeds, arguments.workers)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
