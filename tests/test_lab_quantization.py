@@ -97,7 +97,8 @@ def test_conditioning_and_its_online_cost(checkpoints):
 
 def test_online_operations_by_hand():
     model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
-    quantized = quantize(model, w_bits=4, a_bits=4, calibration=torch.randn(16, 8), transforms=["rotation"])
+    rotations = [TRANSFORMS["rotation"]]  # as functions: applied as they are
+    quantized = quantize(model, w_bits=4, a_bits=4, calibration=torch.randn(16, 8), transforms=rotations)
     # The signs and three butterfly stages of 8 channels, over the 2 * 8 * 4 operations of the layer.
     assert online_operations(quantized, torch.randn(1, 8)) == pytest.approx((8 + 3 * 8) / (2 * 8 * 4))
 
