@@ -55,7 +55,7 @@ test: $(VENV)/installed ## unit tests and doctests, then nbval on every notebook
 # What could depend on how a processor rounds, and the settings beside the plain one (native kernels, one thread) of
 # `make test`: torch's kernels (default, avx2, avx512, native) and the number of threads, which wait without spinning:
 # on a busy machine most of the time would go there.
-NUMERIC := bound cap erq layers outliers pcdr prepare ptq ptq4vit qat quantizers reference regularizer repq_vit \
+NUMERIC := bound cap erq judge layers outliers pcdr prepare ptq ptq4vit qat quantizers reference regularizer repq_vit \
   rotation smoothquant spectral watch
 KERNELS ?= default-1 native-2
 
