@@ -158,6 +158,7 @@ def in_this_process(work, jobs, **options) -> list:
 def test_a_search_is_measured_resumed_and_read(wordnet, minilm, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
     monkeypatch.setenv("S2D_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(encoder, "repository_root", lambda: tmp_path)  # without the committed tables
     for name, value in {"STEPS": 3, "VALIDATION": 40, "CALIBRATION": 8, "BATCH_SIZE": 4}.items():
         monkeypatch.setattr(encoder, name, value)
     monkeypatch.setattr(encoder.encoder_finetuning, "__kwdefaults__", {"steps": 3})
@@ -196,6 +197,7 @@ def test_nothing_is_trained_where_the_encoder_is_missing(wordnet, tmp_path, monk
 
 def test_the_published_encoder_under_every_quantizer(wordnet, minilm, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
+    monkeypatch.setattr(encoder, "repository_root", lambda: tmp_path)  # without the committed tables
     monkeypatch.setattr(encoder.parallel, "run", in_this_process)
     monkeypatch.setattr(encoder, "PUBLISHED_TEST", 24)
     monkeypatch.setattr(encoder, "PUBLISHED_BITS", ("W8A8", "W4A4"))
@@ -211,3 +213,16 @@ def test_the_published_encoder_under_every_quantizer(wordnet, minilm, tmp_path, 
     monkeypatch.setattr(encoder, "measure_published", None)
     encoder.main(["quantizers"])
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "data" / "encoder" / "quantizers.csv"), table)
+
+
+def test_the_guide_has_the_numbers_of_the_table() -> None:
+    table = pd.read_csv(Path(__file__).parents[1] / "data" / "encoder" / "quantizers.csv")
+    guide = Path(__file__).parents[1].joinpath("docs", "quantize.md").read_text(encoding="utf-8")
+    for name, rows in table.groupby("method", sort=False):
+        errors = rows.set_index(["bits", "activations"]).error
+        cells = [f"{errors[bits, kind]:.3f}" for bits in encoder.PUBLISHED_BITS for kind in encoder.GRANULARITIES]
+        assert f"| {name} | {' | '.join(cells)} |" in guide
+    # What the guide says below it.
+    errors = table.set_index(["method", "activations", "bits"]).error
+    assert (errors["PTQ4ViT", "per_token"] > errors["RTN, symmetric", "per_token"]).iloc[:2].all()
+    assert (errors["ERQ"] <= errors["RepQ-ViT"]).all() and (errors["RepQ-ViT"] <= errors["RTN"]).all()
