@@ -34,7 +34,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,integrations,int8]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,integrations,int8,models]'
 	@touch $@
 
 setup: $(VENV)/installed ## install everything into .venv (the other targets do it themselves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -21,6 +21,36 @@ def say(text: str) -> None:
     Paper: none
     """
     print(text, file=sys.stderr, flush=True)
+
+
+def exit_code(action: Callable[[], object]) -> int:
+    """Run a command, and say what stopped it in one line.
+
+    Args:
+        action: reads its arguments and does the work.
+
+    Returns:
+        0 all well; 1 failed; 2 bad input (ValueError); 130 interrupted.
+
+    Example:
+        >>> exit_code(lambda: None)
+        0
+
+    Paper: none
+    """
+    try:
+        with interruptible():
+            action()
+        return 0
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    except (ImportError, OSError, RuntimeError) as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
 
 
 @contextmanager

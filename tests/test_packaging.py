@@ -35,7 +35,7 @@ def pins() -> dict[str, str]:
 
 def direct_requirements(project: dict) -> list[str]:
     extras = project["optional-dependencies"]
-    named = project["dependencies"] + extras["lab"] + extras["dev"] + extras["integrations"] + extras["int8"]
+    named = project["dependencies"] + [text for extra in extras.values() for text in extra]
     return sorted(set(named))
 
 

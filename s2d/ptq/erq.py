@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -305,49 +305,17 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.gram + other.gram, self.cross + other.cross, self.rows + other.rows)
 
+    def __sub__(self, other: Moments) -> Moments:
+        return Moments(self.gram - other.gram, self.cross - other.cross, self.rows - other.rows)
+
     def single(self) -> Moments:
         """In float32: twice as fast, and exact enough to say which of two errors is less."""
         return Moments(self.gram.float(), self.cross.float(), self.rows)
 
 
-@dataclass
-class Judge:
-    """Rows that a layer reads, to tell what a change of its weights does there: no moments, as these are few rows.
-
-    Attributes:
-        x: ``(n, d)``.
-        weight: ``(outputs, d)``, of the layer.
-        quantizer: of the inputs; None leaves them as they are.
-    """
-
-    x: Tensor
-    weight: Tensor
-    quantizer: Quantizer | None
-
-    def effects(self, change: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What a change D of [W, b] adds to the outputs, and the error that the inputs' quantizer makes in them.
-
-        Args:
-            change: ``(outputs, d + 1)``.
-
-        Returns:
-            :math:`[Q(X), 1] D^T` and :math:`(X - Q(X)) W^T`, each ``(some rows, outputs)``.
-        """
-        weight, change = self.weight.detach().float(), change.float()
-        for part in self.x.split(chunk_rows(self.x)):
-            part = part.float()
-            quantized = part if self.quantizer is None else self.quantizer(part)
-            yield torch.addmm(change[:, -1], quantized, change[:, :-1].T), (part - quantized) @ weight.T
-
-
 def solver_dtype(device: torch.device) -> torch.dtype:
     """The dtype to solve linear systems in: float64 where there is one."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def chunk_rows(x: Tensor) -> int:
-    """How many rows of inputs are worked on at a time."""
-    return max(1024, chunk_elements(x.device) // x.shape[1])
 
 
 def input_moments(x: Tensor, weight: Tensor, quantizer: Quantizer | None, chunk: int | None = None) -> Moments:
@@ -371,7 +339,7 @@ def input_moments(x: Tensor, weight: Tensor, quantizer: Quantizer | None, chunk:
     dtype = solver_dtype(x.device)
     gram = torch.zeros(d + 1, d + 1, dtype=dtype, device=x.device)
     cross = torch.zeros(d + 1, outputs if few else d, dtype=dtype, device=x.device)
-    for part in x.split(chunk or chunk_rows(x)):
+    for part in x.split(chunk or max(1024, chunk_elements(x.device) // d)):
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         quantized = part if quantizer is None else quantizer(part)
         inputs = F.pad(quantized, (0, 1), value=1.0)
@@ -411,9 +379,11 @@ def solve_layer(
 
     Paper: none; ERQ.
     """
+    measure = partial(input_moments, weight=site.weight, quantizer=site.input_quantizer)
     part, rest = (x, x[:0]) if held is None or fitted is None else (x[fitted], x[~fitted])
-    moments, folds = folded(part, site.weight.detach(), site.input_quantizer)
-    judge = None if held is None else Judge(held, site.weight, site.input_quantizer)
+    folds = [measure(rows) for rows in part.tensor_split(FOLDS) if len(rows)]
+    moments = reduce(operator.add, folds)
+    judge = None if held is None else measure(held)
     weight = site.weight.detach().to(moments.gram.dtype)
     bias = weight.new_zeros(len(weight)) if site.bias is None else site.bias.detach().to(weight.dtype)
     original = torch.cat([weight, bias[:, None]], 1)
@@ -421,11 +391,11 @@ def solve_layer(
     if aqer and site.input_quantizer is not None:
         multiple = best_ridge(folds, moments, ridge)
         if judge is not None and multiple is not None:
-            kept["aqer"] = share_that_helps(ridge_solution(moments.single(), multiple), judge)
+            kept["aqer"] = share_that_helps(ridge_solution(moments, multiple).float(), judge.single())
         elif judge is not None:
             kept["aqer"] = 0.0
     if len(rest):
-        moments = moments + input_moments(rest, site.weight, site.input_quantizer)
+        moments = moments + measure(rest)
     if aqer and site.input_quantizer is not None and multiple is not None and kept.get("aqer", 1.0) > 0:
         goal = original + kept.get("aqer", 1.0) * ridge_solution(moments, multiple)
     if fit is None:
@@ -442,7 +412,7 @@ def solve_layer(
     worse = (excess_error(changes[0], single) > excess_error(changes[1], single))[:, None]
     if judge is not None:
         changes[0] = torch.where(worse, changes[1], changes[0])
-        errors = [judge_error(change, judge) for change in changes]
+        errors = [excess_error(change, judge.single()).sum() for change in changes]
         kept["wqer"] = float(errors[0] <= errors[1])
         worse |= kept["wqer"] == 0
     best = torch.where(worse, plain, best)
@@ -451,46 +421,25 @@ def solve_layer(
     return best[:, :-1], best[:, -1]
 
 
-def share_that_helps(change: Tensor, judge: Judge) -> float:
+def share_that_helps(change: Tensor, judge: Moments) -> float:
     r"""As large a part of a change of [W, b] as lowers the error on other rows the most, from 0 (none) to 1 (all).
 
-    .. math:: t = \operatorname{clamp}\left(\frac{\langle A D^T, E \rangle}{\lVert A D^T \rVert^2}, 0, 1\right)
+    .. math:: t = \operatorname{clamp}\left(\frac{\langle D, C^T \rangle}{\langle D G, D \rangle}, 0, 1\right)
 
     Args:
         change: D, ``(outputs, d + 1)``.
-        judge: rows that it was not fitted to.
+        judge: G and C of rows that it was not fitted to.
 
     Example:
-        >>> judge = Judge(torch.tensor([[0.4], [1.6]]), torch.eye(1), torch.round)  # read as 0 and 2
-        >>> round(share_that_helps(torch.tensor([[-0.4, 0.0]]), judge), 3)  # reads 2 where it was 1.6
+        >>> judge = input_moments(torch.tensor([[0.4], [1.6]]), torch.eye(1), torch.round)  # read as 0 and 2
+        >>> round(share_that_helps(torch.tensor([[-0.4, 0.0]]).double(), judge), 3)  # reads 2 where it was 1.6
         0.5
 
     Paper: none.
     """
-    sums = [(_sum(effect * error), _sum(effect.square())) for effect, error in judge.effects(change)]
-    straight, square = (sum(parts) for parts in zip(*sums, strict=True))
-    return min(straight / square, 1.0) if straight > 0 else 0.0
-
-
-def judge_error(change: Tensor, judge: Judge) -> float:
-    """Squared error of all outputs, summed over the rows, less what it is with weight and bias as they were.
-
-    Args:
-        change: ``(outputs, d + 1)``, what was added to [W, b].
-        judge: the rows.
-
-    Example:
-        >>> judge = Judge(torch.tensor([[0.4], [1.6]]), torch.eye(1), torch.round)
-        >>> round(judge_error(torch.tensor([[-0.2, 0.0]]), judge), 3)  # .4^2 + .4^2 has become .4^2
-        -0.16
-
-    Paper: none.
-    """
-    return sum(_sum(effect * (effect - 2 * error)) for effect, error in judge.effects(change))
-
-
-def _sum(x: Tensor) -> float:
-    return x.sum(dtype=solver_dtype(x.device)).item()
+    straight = (change * judge.cross.T).sum()
+    square = ((change @ judge.gram) * change).sum()
+    return float((straight / square).clamp(0, 1)) if straight > 0 else 0.0
 
 
 def _rounded(augmented: Tensor, quantizer: Quantizer) -> Tensor:
@@ -529,40 +478,15 @@ def ridge_solution(moments: Moments, ridge: float) -> Tensor:
     return solve_upper(upper_factor(moments.gram, ridge), moments.cross).T
 
 
-def folded(x: Tensor, weight: Tensor, quantizer: Quantizer | None) -> tuple[Moments, list[tuple[Moments, Judge]]]:
-    """The moments of all rows, and the folds that choose a ridge.
-
-    Args:
-        x, weight, quantizer: as in :func:`input_moments`.
-
-    Returns:
-        The moments, and for each fold the moments of its rows and a judge of them; none for a single row.
-
-    Paper: none.
-    """
-    parts = [rows for rows in x.tensor_split(FOLDS) if len(rows)]
-    judges = len(parts) if x.shape[1] + 1 < COSTLY else min(2, len(parts))
-    moments = [input_moments(rows, weight, quantizer) for rows in parts[:judges]]
-    if judges < len(parts):
-        moments.append(input_moments(torch.cat(parts[judges:]), weight, quantizer))
-    total, few = reduce(operator.add, moments), weight[few_outputs(weight)]
-    folds = [(part, Judge(rows, few, quantizer)) for part, rows in zip(moments[:judges], parts, strict=False)]
-    return total, folds if len(parts) > 1 else []
-
-
-def few_outputs(weight: Tensor) -> slice:
-    """The outputs that choose a ridge."""
-    return slice(None, None, -(-len(weight) // FEW_OUTPUTS))
-
-
-def best_ridge(folds: list[tuple[Moments, Judge]], total: Moments, ridge: float) -> float | None:
+def best_ridge(folds: list[Moments], total: Moments, ridge: float) -> float | None:
     """The ridge for :func:`ridge_solution`.
 
     With few rows the solution follows their noise, more than the layer's error shrinks. So it is the multiple of
     ``ridge`` (of ``RIDGE_FACTORS``) that is best in cross-validation over the folds.
 
     Args:
-        folds, total: of :func:`folded`.
+        folds: moments of parts of the rows.
+        total: their sum.
         ridge: the least.
 
     Returns:
@@ -570,14 +494,14 @@ def best_ridge(folds: list[tuple[Moments, Judge]], total: Moments, ridge: float)
 
     Paper: none.
     """
-    some = few_outputs(total.cross.T)
-    errors = [0.0] * len(RIDGE_FACTORS)
-    for fold, judge in folds:
-        gram, cross = (total.gram - fold.gram).float(), (total.cross - fold.cross)[:, some].float()
-        left = Moments(gram, cross, total.rows - fold.rows)
+    some = slice(None, None, -(-total.cross.shape[1] // FEW_OUTPUTS))
+    errors = torch.zeros(len(RIDGE_FACTORS), device=total.gram.device)
+    judges = folds[: FOLDS if len(total.gram) < COSTLY else 2] if len(folds) > 1 else []
+    for fold in judges:
+        rest, test = (Moments(m.gram.float(), m.cross[:, some].float(), m.rows) for m in (total - fold, fold))
         for i, factor in enumerate(RIDGE_FACTORS):
-            errors[i] += judge_error(ridge_solution(left, ridge * factor), judge)
-    best = int(first_least(torch.tensor(errors)))
+            errors[i] += excess_error(ridge_solution(rest, ridge * factor), test).sum()
+    best = int(first_least(errors))
     return ridge * RIDGE_FACTORS[best] if errors[best] < 0 else None
 
 

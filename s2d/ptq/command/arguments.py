@@ -6,8 +6,9 @@ r"""Quantize a model from the command line, and say what it cost in accuracy::
     python -m s2d.ptq folder_of_a_hugging_face_model --w-bits 4 --a-bits 8 --calibration train.txt --test test.txt
     python -m s2d.ptq vit_tiny_patch16_224 --calibration random --test random
 
-MODEL is the name of a timm model, a safetensors file with ``--arch``, or a Hugging Face folder (config.json and
-safetensors; nothing is downloaded, and no code of the folder is run). Calibration and test data are each
+MODEL is a preset (such as minilm), the name of a timm model, a safetensors file with ``--arch``, or a Hugging Face
+folder (config.json and safetensors; no code of the folder is run); a hub is asked only for ``owner/name``. Calibration
+and test data are each
 
 * a folder of images, or one with a folder of images for each class (then accuracy is measured), preprocessed as the
   model asks;
@@ -41,16 +42,18 @@ from torch import nn
 
 from s2d import ptq
 from s2d.files import can_write
+from s2d.models import PRESETS
 from s2d.packages import need
 from s2d.ptq.checkpoint import check_folder
 from s2d.ptq.quantizers import check_bits
 
 
-def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def read_arguments(argv: Sequence[str] | None, prog: str = "python -m s2d.ptq") -> argparse.Namespace:
     """The arguments, and all that can be found wrong with them before the model is loaded.
 
     Args:
         argv: None for those of the process.
+        prog: what the command is called.
 
     Returns:
         The options by their names; ``option`` and ``model_options`` as dictionaries, ``device`` as a torch.device.
@@ -65,40 +68,37 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     Paper: none
     """
-    args = _parser().parse_args(argv)
+    args = quantize_parser(prog).parse_args(argv)
     _check_method(args)
     args.option = _method_options(args)
-    args.model_options = _json_object(args.model_options)
-    args.device = _device(args.device)
+    args.model_options = json_object(args.model_options)
+    args.device = usable_device(args.device)
     _check_outputs(args)
     return args
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Bad arguments as ValueError, so that all bad input is told in the same way."""
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see python -m s2d.ptq --help)")
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """A whole number of 1 or more, of an argument."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m s2d.ptq",
+def quantize_parser(prog: str = "python -m s2d.ptq") -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=prog,
         description=__doc__.partition("Paper:")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="timm model, .safetensors file (--arch), Hugging Face folder")
-    parser.add_argument("--arch", metavar="NAME", help="timm model that a .safetensors file is of")
-    parser.add_argument("--model-options", default="{}", metavar="JSON", help="for timm, such as '{\"img_size\": 32}'")
-    parser.add_argument("--pretrained", action="store_true", help="timm's weights; needs a network")
-
+    add_model_arguments(parser)
     parser.add_argument("--method", default="rtn", metavar="NAME", help=f"{', '.join(ptq.METHODS)} (default: rtn)")
     parser.add_argument("--w-bits", type=int, default=8, metavar="N", help="2 to 8; 16 or 32 for none (default: 8)")
     parser.add_argument("--a-bits", type=int, default=8, metavar="N", help="2 to 8; 16 or 32 for none (default: 8)")
@@ -113,18 +113,41 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method, repeatable")
 
     parser.add_argument("--calibration", required=True, metavar="DATA", help="images, text or 'random' (see above)")
-    parser.add_argument("--images", type=_whole, default=32, metavar="N", help="calibration items (default: 32)")
+    parser.add_argument("--images", type=whole, default=32, metavar="N", help="calibration items (default: 32)")
     parser.add_argument("--test", metavar="DATA", help="the same kinds; without it nothing is measured")
-    parser.add_argument("--test-images", type=_whole, metavar="N", help="test items (default: all)")
-    parser.add_argument("--sequence-length", type=_whole, default=128, metavar="N", help="tokens a text item")
-
-    parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights, draws and the method (default: 0)")
-    parser.add_argument("--batch-size", type=_whole, default=32, metavar="N", help="items a forward pass (default: 32)")
+    parser.add_argument("--test-images", type=whole, metavar="N", help="test items (default: all)")
+    add_run_arguments(parser, batch_size=32)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="where to write the quantized model")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model in that folder")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
     return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and what belongs to it."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"{', '.join(PRESETS)}; timm model, open_clip:NAME/WEIGHTS, owner/name on the hub, Hugging Face folder, "
+        ".gguf, .onnx or .safetensors file (--arch)",
+    )
+    parser.add_argument("--arch", metavar="NAME", help="timm model that a .safetensors file is of")
+    parser.add_argument("--model-options", default="{}", metavar="JSON", help="for timm, such as '{\"img_size\": 32}'")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights; needs a network")
+    parser.add_argument("--sequence-length", type=whole, default=128, metavar="N", help="tokens a text item")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """What every command takes."""
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and draws (default: 0)")
+    parser.add_argument(
+        "--batch-size",
+        type=whole,
+        default=batch_size,
+        metavar="N",
+        help=f"items a forward pass (default: {batch_size})",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
 
 
 def _check_method(args: argparse.Namespace) -> None:
@@ -175,7 +198,8 @@ def _rehearse(args: argparse.Namespace, options: dict[str, Any]) -> None:
             raise ValueError(f"{error}: is a value of --option of the right type?") from None
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """The object that --model-options is."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -187,7 +211,8 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _device(text: str) -> torch.device:
+def usable_device(text: str) -> torch.device:
+    """The device of --device, which takes tensors."""
     try:
         device = torch.device(text)
         torch.empty(1, device=device).add_(1)

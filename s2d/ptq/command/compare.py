@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2d.models.subject import Subject, logits
 from s2d.ptq.command.items import Items
-from s2d.ptq.command.subject import Subject, logits
 from s2d.ptq.trace import call
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2d.console import say
+from s2d.models.weights import read_safetensors
 from s2d.packages import need
 from s2d.ptq.command.images import is_hidden
 
@@ -127,21 +129,31 @@ def _tensor_file(path: Path, option: str) -> Items:
     )
 
 
-def read_safetensors(path: Path, option: str, repair: str) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU; ValueError, with the repair, if it is damaged."""
-    safetensors = need("safetensors.torch", "a .safetensors file")
+def _text(path: Path, option: str) -> str:
     try:
-        return safetensors.load_file(path)
-    except Exception as error:  # of the safetensors package
-        raise ValueError(f"{option} {path} cannot be read ({error}): {repair}") from None
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not UTF-8 ({error}): convert it") from None
+
+
+def lines_of_text(path: Path, tokenizer: Any, length: int, padding: int, option: str) -> Items:
+    """An item a line, as the tokenizer marks its beginning and end, filled up or cut to ``length`` tokens."""
+    lines = [line for line in map(str.strip, _text(path, option).splitlines()) if line]
+    if not lines:
+        raise ValueError(f"{option} {path} has no line of text: give a text with an item a line")
+    ids = tokenizer(lines, truncation=True, max_length=length)["input_ids"]
+    cut = sum(len(line) == length for line in ids)
+    if cut:
+        say(f"note: {option} {path}: {cut} of {len(ids)} lines fill {length} tokens or were cut to them")
+    rows = torch.full((len(ids), length), padding, dtype=torch.long)
+    for row, tokens in zip(rows, ids, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return Items(str(path), "sequences", [(path.resolve(), line) for line in lines], read=lambda chosen: rows[chosen])
 
 
 def text_file(path: Path, tokenizer: Any, length: int, option: str) -> Items:
     """Items of ``length`` tokens each, one after the other; what is left over at the end is dropped."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option} {path} is not UTF-8 ({error}): convert it") from None
+    text = _text(path, option)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
     count = len(ids) // length
     if count == 0:

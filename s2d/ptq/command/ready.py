@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from s2d.console import say
-from s2d.packages import need
+from s2d.models.subject import Subject
 from s2d.ptq.command.images import read_image
-from s2d.ptq.command.items import RANDOM, Items, text_file
-from s2d.ptq.command.subject import Subject
+from s2d.ptq.command.items import RANDOM, Items, lines_of_text, text_file
 
 RANDOM_TEST_ITEMS = 64
 
@@ -61,10 +60,12 @@ def _random_items(option: str, subject: Subject, args: argparse.Namespace) -> It
 def _text_items(text: str, option: str, subject: Subject, args: argparse.Namespace) -> Items:
     if subject.kind != "sequences":
         raise ValueError(f"{option} {text} is a text, the model takes images: give images")
-    if not any((subject.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"{option} {text}: {subject.folder} has no tokenizer: add it, or give input_ids")
-    transformers = need("transformers", "a text")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(subject.folder, local_files_only=True)
+    try:
+        tokenizer = subject.tokenizer()
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}") from None
+    if subject.padding is not None:
+        return lines_of_text(Path(text), tokenizer, args.sequence_length, subject.padding, option)
     return text_file(Path(text), tokenizer, args.sequence_length, option)
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import s2d
 from s2d import ptq
+from s2d.models.subject import Subject
 from s2d.ptq.checkpoint import quantized_size
 from s2d.ptq.command.items import RANDOM
-from s2d.ptq.command.subject import Subject
 from s2d.ptq.sites import sites
 
 

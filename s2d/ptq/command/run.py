@@ -14,46 +14,39 @@ import torch
 from torch import Tensor, nn
 
 from s2d import ptq
-from s2d.console import interruptible, say
+from s2d.console import exit_code, say
 from s2d.files import write_text
+from s2d.models.loading import load_model, model_source
+from s2d.models.subject import Subject, probe
 from s2d.ptq.checkpoint import save_quantized
 from s2d.ptq.command.arguments import read_arguments
 from s2d.ptq.command.compare import compare
 from s2d.ptq.command.items import RANDOM, open_items
-from s2d.ptq.command.models import load_model, model_source
 from s2d.ptq.command.ready import check_labels, draw_calibration, draw_tests, ready
 from s2d.ptq.command.report import describe, table
-from s2d.ptq.command.subject import Subject, probe
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m s2d.ptq") -> int:
     """Run the command line.
 
     Args:
         argv: the arguments; None for those of the process.
+        prog: what the command is called.
 
     Returns:
         The exit code: 0 all well, 1 failed, 2 bad input, 130 interrupted.
 
     Paper: none
     """
-    try:
-        with interruptible():
-            args = read_arguments(argv)
-            result = _run(args)
-            print(table(result))
-            if args.json is not None:
-                write_text(args.json, json.dumps(result, indent=1, default=repr) + "\n")
-            return 0
-    except ValueError as error:
-        say(f"error: {error}")
-        return 2
-    except (ImportError, OSError, RuntimeError) as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+
+    def action() -> None:
+        args = read_arguments(argv, prog)
+        result = _run(args)
+        print(table(result))
+        if args.json is not None:
+            write_text(args.json, json.dumps(result, indent=1, default=repr) + "\n")
+
+    return exit_code(action)
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,10 +57,10 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     torch.manual_seed(args.seed)
 
-    with _stage("load model", seconds):
+    with stage("load model", seconds):
         subject = load_model(args, source)
         subject.model.to(args.device)
-    with _stage("read calibration data", seconds):
+    with stage("read calibration data", seconds):
         calibration = ready(calibration, args.calibration, "--calibration", subject, args)
         chosen = draw_calibration(calibration, args)
         data = calibration.read(chosen).to(args.device)
@@ -84,17 +77,17 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     quantized = _quantize(subject, data, args, seconds)
     result = describe(args, subject, quantized, seconds)
     if test is not None:
-        with _stage("test", seconds):
+        with stage("test", seconds):
             measured = compare(subject, quantized, test, tested, args.batch_size, args.device)
         result |= {"test": {"data": args.test, "items": len(tested)} | measured}
     if args.save is not None:
-        with _stage("save", seconds):
+        with stage("save", seconds):
             save_quantized(quantized, args.save, overwrite=args.overwrite)
     return result
 
 
 def _quantize(subject: Subject, data: Tensor, args: argparse.Namespace, seconds: dict[str, float]) -> nn.Module:
-    with _stage("quantize", seconds), warnings.catch_warnings(record=True) as caught:
+    with stage("quantize", seconds), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         quantized = ptq.quantize(
             subject.model,
@@ -115,7 +108,7 @@ def _quantize(subject: Subject, data: Tensor, args: argparse.Namespace, seconds:
 
 
 @contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Announce a stage, and keep how long it took."""
     say(f"{name} ...")
     start = time.perf_counter()

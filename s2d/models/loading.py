@@ -1,10 +1,12 @@
-"""From the arguments to the model: a timm model, a file of its weights, or a folder of Hugging Face."""
+"""From a name to the model: a preset, one of timm, open_clip or a hub, a file of weights, or a folder."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,28 +16,81 @@ import torch
 from torch import Tensor, nn
 
 from s2d.console import say
+from s2d.models.gguf import as_folder
+from s2d.models.onnx_vit import dinov2
+from s2d.models.presets import PRESETS, locate
+from s2d.models.subject import Subject
+from s2d.models.weights import read_safetensors
 from s2d.packages import need
 from s2d.ptq.checkpoint import DESCRIPTION
-from s2d.ptq.command.items import read_safetensors
-from s2d.ptq.command.subject import Subject
+
+
+def load(
+    name: str,
+    *,
+    arch: str | None = None,
+    model_options: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    sequence_length: int = 128,
+) -> Subject:
+    """A network and what feeds it, in evaluation mode, on the CPU.
+
+    Args:
+        name: a preset (:data:`s2d.models.PRESETS`), a timm model, ``open_clip:MODEL/WEIGHTS`` (its image tower),
+            ``owner/name`` on the hub, a folder of Hugging Face, or a file: ``.safetensors`` (with ``arch``), ``.gguf``,
+            or ``.onnx`` (of a DINOv2).
+        arch: the timm model that a ``.safetensors`` file is of.
+        model_options: for timm, such as ``{"img_size": 32}``.
+        pretrained: timm's weights; needs a network, as a hub does.
+        sequence_length: tokens an item, of a model that takes text.
+
+    Returns:
+        See :class:`Subject`; ``subject.watch()`` has the layers worth watching.
+
+    Raises:
+        ValueError: for an unknown name, files that are damaged or do not fit, and weights that are not the published.
+        FileNotFoundError, RuntimeError: for what is neither here nor can be fetched, with the command that gets it.
+        ImportError: without the package that the model is of.
+
+    Example:
+        >>> load("test_vit", model_options={"num_classes": 10}).shape
+        (3, 160, 160)
+
+    Paper: none
+    """
+    args = argparse.Namespace(model=name, arch=arch, model_options=model_options or {}, pretrained=pretrained)
+    args.sequence_length = sequence_length
+    return load_model(args, model_source(args))
 
 
 def model_source(args: argparse.Namespace) -> str:
     """What MODEL names, found out before anything is loaded.
 
     Args:
-        args: from :func:`s2d.ptq.command.arguments.read_arguments`.
+        args: from :func:`s2d.ptq.command.arguments.read_arguments`; the name of a preset is replaced by what it is.
 
     Returns:
-        ``"timm"``, ``"file"`` or ``"folder"``.
+        ``"timm"``, ``"open_clip"``, ``"hub"``, ``"file"``, ``"folder"``, ``"gguf"`` or ``"onnx"``.
 
     Raises:
         ValueError: for what is none of them, or options that are not for it.
+        FileNotFoundError: for a preset that is not installed, with the command that installs it.
         ImportError: without the package timm, where it is needed.
 
     Paper: none
     """
+    if args.model in PRESETS and not Path(args.model).exists():
+        _use_preset(args)
     path = Path(args.model)
+    if args.model.startswith(OPEN_CLIP):
+        _refuse_options(args, "open_clip", "arch", "model_options", "pretrained")
+        _check_open_clip_name(args.model)
+        return "open_clip"
+    if path.suffix in (".gguf", ".onnx"):
+        if not path.is_file():
+            raise ValueError(f"MODEL {path} does not exist: give a file that does")
+        _refuse_options(args, f"a {path.suffix} file", "arch", "model_options", "pretrained")
+        return path.suffix[1:]
     if path.is_dir():
         if (path / DESCRIPTION).exists():
             raise ValueError(f"MODEL {path} is quantized already: give the model in floating point")
@@ -58,6 +113,9 @@ def model_source(args: argparse.Namespace) -> str:
         _refuse_options(args, "a file", "pretrained")
         _check_timm_name(args.arch, "--arch")
         return "file"
+    if HUB_NAME.fullmatch(args.model):
+        _refuse_options(args, "a model of the hub", "arch", "model_options", "pretrained")
+        return "hub"
     _refuse_options(args, "a timm model", "arch")
     _check_timm_name(args.model, "MODEL")
     return "timm"
@@ -80,7 +138,85 @@ def load_model(args: argparse.Namespace, source: str) -> Subject:
 
     Paper: none
     """
-    return _folder_model(args) if source == "folder" else _timm_model(args, source)
+    if source == "onnx":
+        return _onnx_model(Path(args.model))
+    if source == "open_clip":
+        return _open_clip_model(args.model)
+    if source in ("folder", "hub", "gguf"):
+        return _folder_model(args, _folder_of(args.model, source))
+    return _timm_model(args, source)
+
+
+def _use_preset(args: argparse.Namespace) -> None:
+    preset = PRESETS[args.model]
+    _refuse_options(args, f"the preset {args.model}", "arch", "model_options")
+    if preset.note:
+        say(f"note: {args.model}: {preset.note}")
+    args.pretrained = preset.source == "timm"
+    args.model = preset.identifier if preset.module is None else str(locate(args.model))
+
+
+def _folder_of(name: str, source: str) -> Path:
+    """The folder of Hugging Face that a name stands for, fetched or converted if need be."""
+    if source == "folder":
+        return Path(name)
+    if source == "gguf":
+        with Path(name).open("rb") as stream:
+            return as_folder(Path(name), hashlib.file_digest(stream, "sha256").hexdigest())
+    hub = need("huggingface_hub", "a model of the hub")
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # of the network, the hub, or its cache, each of its own class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(
+            f"{name} is not here and cannot be fetched ({reason}): where there is a network, hf download {name}; then "
+            "give the folder"
+        ) from None
+
+
+def _onnx_model(file: Path) -> Subject:
+    timm, model = need("timm", "the model"), dinov2(file)
+    config = _data_config(timm, model, {})
+    preprocess = _timm_preprocessing(timm, config)
+    return Subject(model, f"{file} (DINOv2 of timm)", None, config["input_size"], preprocess=preprocess)
+
+
+OPEN_CLIP = "open_clip:"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _check_open_clip_name(text: str) -> None:
+    open_clip = need("open_clip", "the model")
+    name, _, weights = text.removeprefix(OPEN_CLIP).partition("/")
+    known = open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(
+            f"MODEL {text!r} names no model of open_clip: "
+            + (f"did you mean {close[0]!r}?" if close else "see its list")
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights and weights not in tags:
+        raise ValueError(f"MODEL {text!r}: {name} has no weights {weights!r}: choose among {', '.join(tags) or 'none'}")
+
+
+def _open_clip_model(text: str) -> Subject:
+    open_clip = need("open_clip", "the model")
+    name, _, weights = text.removeprefix(OPEN_CLIP).partition("/")
+    # With the activation that the weights were trained with, whatever the name of the architecture says.
+    quick = bool(weights) and bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu"))
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=weights or None, force_quick_gelu=quick
+        )
+    except Exception as error:  # of the network or the hub
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(f"{text} could not be fetched ({reason}): its weights need a network") from None
+    if not weights:
+        say(f"warning: random weights: accuracy means nothing; add weights, such as {text}/openai")
+    size = open_clip.get_model_preprocess_cfg(model)["size"]
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return Subject(model.visual.eval(), f"{text} (image tower)", None, (3, *size), preprocess=preprocess)
 
 
 def _refuse_options(args: argparse.Namespace, what: str, *names: str) -> None:
@@ -169,14 +305,14 @@ def _timm_preprocessing(timm: Any, config: dict[str, Any]) -> Callable[[Any], Te
     return lambda image: transform(image.convert(mode))
 
 
-def _folder_model(args: argparse.Namespace) -> Subject:
+def _folder_model(args: argparse.Namespace, folder: Path) -> Subject:
     transformers = need("transformers", "a Hugging Face folder")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    folder = Path(args.model)
     architecture = next(iter(_read_config(folder).get("architectures") or ["AutoModel"]))
     kinds = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM"}
     kinds["ForImageClassification"] = "AutoModelForImageClassification"
+    kinds["ForConditionalGeneration"] = "AutoModelForImageTextToText"
     kind = next((auto for ending, auto in kinds.items() if architecture.endswith(ending)), "AutoModel")
     try:
         model, found = getattr(transformers, kind).from_pretrained(
@@ -196,9 +332,10 @@ def _folder_model(args: argparse.Namespace) -> Subject:
         limit = getattr(config, "max_position_embeddings", None) or args.sequence_length
         if args.sequence_length > limit:
             raise ValueError(f"--sequence-length is {args.sequence_length}, the model takes {limit}: give at most that")
-        return Subject(
-            model.eval(), f"{folder} ({architecture})", argument, (args.sequence_length,), config.vocab_size, folder
-        )
+        subject = Subject(model.eval(), f"{folder} ({architecture})", argument, (args.sequence_length,))
+        subject.vocabulary, subject.folder = config.get_text_config().vocab_size, folder
+        subject.padding = getattr(config, "pad_token_id", None) if kind == "AutoModel" else None
+        return subject
     size = getattr(config, "image_size", None) or 224
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(config, "num_channels", 3)

@@ -1,4 +1,4 @@
-"""The model to quantize, and how to feed it."""
+"""A model, and how to feed it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2d.layers import linear_maps
+from s2d.packages import need
 from s2d.ptq.trace import call, tensors_of
 
 
 @dataclass
 class Subject:
-    """The model to quantize, and how to feed it.
+    """A model, and how to feed it.
 
     Attributes:
         model: in evaluation mode.
@@ -24,6 +26,7 @@ class Subject:
         shape: of an item.
         vocabulary: number of tokens; None for images.
         folder: of a Hugging Face model.
+        padding: the token that fills up items, of a model that does not predict the next token; its items are lines.
         preprocess: PIL image to tensor.
         label_ids: class name to label, of a Hugging Face model.
     """
@@ -34,6 +37,7 @@ class Subject:
     shape: tuple[int, ...]
     vocabulary: int | None = None
     folder: Path | None = None
+    padding: int | None = None
     preprocess: Callable[[Any], Tensor] | None = None
     label_ids: dict[str, int] = field(default_factory=dict)
 
@@ -43,7 +47,26 @@ class Subject:
 
     def batch(self, data: Tensor) -> Any:
         """What the model is called with."""
-        return data if self.argument is None else {self.argument: data}
+        if self.argument is None:
+            return data
+        mask = {} if self.padding is None else {"attention_mask": (data != self.padding).long()}
+        return {self.argument: data} | mask
+
+    def watch(self) -> tuple[str, ...]:
+        """Names of the linear layers inside the repeated blocks: all but embeddings and heads."""
+        return tuple(name for name in linear_maps(self.model) if any(part.isdigit() for part in name.split(".")))
+
+    def tokenizer(self) -> Any:
+        """The tokenizer in the model's folder.
+
+        Raises:
+            ValueError: where there is none.
+            ImportError: without the package transformers.
+        """
+        names = ("tokenizer.json", "tokenizer_config.json")
+        if self.folder is None or not any((self.folder / name).exists() for name in names):
+            raise ValueError(f"{self.folder or self.name} has no tokenizer: add it, or give input_ids")
+        return need("transformers", "a text").AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     def random(self, count: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
