@@ -16,7 +16,6 @@ LAYERS = (
     "s2d",
     "s2d.integrations",
     "s2d.ptq",
-    "s2d.conditioning",
     "s2d.models",
     "s2d.ptq.command",
     "s2d.ptq.__main__",

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.command.data import open_data
-from s2d.conditioning import FORMS, LAM, Conditioned, condition, cosines, item_vectors, output_of
 from s2d.console import exit_code, say
 from s2d.files import can_write, write_folder_atomically, write_text
+from s2d.models.conditioning import FORMS, LAM, Conditioned, condition, cosines, item_vectors, output_of
 from s2d.models.loading import load_model, model_source
 from s2d.models.subject import Subject, probe
 from s2d.packages import need
