@@ -153,14 +153,19 @@ def summary(rows: list[LayerDiagnosis], tau: float) -> list[str]:
         f"the layer's root mean square, in channel {first.channel} of {first.layer}{place}.",
     ]
     if spectral:
-        names = ", ".join(f"{row.layer} (top {row.rank})" for row in spectral)
+        names = _listed([f"{row.layer} (top {row.rank})" for row in spectral])
         found.append(
-            f"Made by the top singular components (PCDR of {tau:g} or more), so S2D would let them decay: {names}."
+            f"Made by the top singular components (PCDR of {tau:g} or more), so S2D would let these decay: {names}."
         )
     if others:
-        names = ", ".join(f"{row.layer} (PCDR {max(row.pcdr):.2f})" for row in others)
+        names = _listed([f"{row.layer} (PCDR {max(row.pcdr):.2f})" for row in others])
         found.append(f"Not made by the top {len(others[0].pcdr)} components, so S2D would leave them alone: {names}.")
     return found
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def advice(rows: list[LayerDiagnosis], model: str) -> list[tuple[str, str]]:

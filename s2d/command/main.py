@@ -54,7 +54,10 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: s2d COMMAND ...", "", "Selective Spectral Decay on networks that somebody else trained.", ""]
     lines += [f"  {name:{width}}  {text}" for name, (_, _, text) in COMMANDS.items()]
-    lines += ["", "s2d COMMAND --help says more; s2d --print-completion bash (zsh, tcsh) writes a completion script."]
+    lines += [
+        "",
+        "s2d COMMAND --help says more; s2d --print-completion bash (zsh, tcsh, fish) a completion script.",
+    ]
     return "\n".join(lines)
 
 
@@ -62,7 +65,7 @@ def completion(shell: str) -> str:
     """A script that completes ``s2d`` in a shell.
 
     Args:
-        shell: ``"bash"``, ``"zsh"`` or ``"tcsh"``.
+        shell: such as ``"bash"`` or ``"zsh"``.
 
     Raises:
         ValueError: for another shell.

@@ -104,8 +104,8 @@ def condition(
 
     (and ``loss``, where there are labels) with AdamW, without weight decay and dropout. At every look the target is
     checked on data held back: while it is met nothing decays. In the end the model has the weights of the best look:
-    one within the budget of fidelity before one that is not, then one on target, then the most faithful of these
-    (without a target, the one with the smallest largest activation).
+    one within the budget of fidelity before one that is not, then one on target, then the most faithful of these;
+    without a target, the last within the budget.
 
     Args:
         model: changed in place, in evaluation mode throughout.
@@ -380,7 +380,9 @@ class _Run:
         met = self.on_target(look)
         if not self.within_budget(look):
             return (0.0, 0.0, look.fidelity)
-        return (1.0, float(met is True), look.fidelity if met else -look.max_abs)
+        if met is None:
+            return (1.0, 0.0, look.step)
+        return (1.0, float(met), look.fidelity if met else -look.max_abs)
 
     def finish(self) -> Conditioned:
         with torch.no_grad():

@@ -20,6 +20,7 @@ NAMES = (
     (r"^layernorm", "norm"),
 )
 PARTS = ("query", "key", "value")
+SIZES = {384: "small", 768: "base", 1024: "large"}
 
 
 def named_tensors(file: Path, prefix: str = "backbone.") -> dict[str, Tensor]:
@@ -78,11 +79,10 @@ def dinov2(file: Path) -> nn.Module:
     Paper: none; a stand-in for appendix E's backbone.
     """
     timm, tensors = need("timm", "a vision transformer"), named_tensors(file)
-    sizes = {384: "small", 768: "base", 1024: "large"}
     width = tensors["layernorm.weight"].numel() if "layernorm.weight" in tensors else 0
-    if width not in sizes or not {"position", "class_position"} <= tensors.keys():
+    if width not in SIZES or not {"position", "class_position"} <= tensors.keys():
         raise ValueError(f"MODEL {file} holds no DINOv2 that is known here: give an export of Dinov2Model")
-    model = timm.create_model(f"vit_{sizes[width]}_patch14_dinov2", img_size=224, num_classes=0).eval()
+    model = timm.create_model(f"vit_{SIZES[width]}_patch14_dinov2", img_size=224, num_classes=0).eval()
     side, wanted = round(tensors["position"].shape[1] ** 0.5), model.patch_embed.grid_size
     grid = tensors["position"].view(1, side, side, width).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=wanted, mode="bicubic", align_corners=False, antialias=False)
