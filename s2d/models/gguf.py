@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,13 +30,26 @@ def stored_as(file: Path) -> dict[str, int]:
 
     Paper: none
     """
+    return dict(Counter(tensor.tensor_type.name for tensor in _reader(file).tensors).most_common())
+
+
+def _reader(file: Path) -> Any:
     gguf = need("gguf", "a GGUF file")
     try:
-        tensors = gguf.GGUFReader(file).tensors
+        return gguf.GGUFReader(file)
     except Exception as error:  # numpy's and the package's own, of a file that is cut or none at all
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"MODEL {file} cannot be read as GGUF ({reason}): get it again") from None
-    return dict(Counter(tensor.tensor_type.name for tensor in tensors).most_common())
+
+
+def _check_sizes(file: Path) -> None:
+    """Without its sizes a network would get those of a default one, of seven billion parameters."""
+    fields = _reader(file).fields
+    architecture = fields.get("general.architecture")
+    name = architecture.contents() if architecture is not None else "unknown"
+    missing = [size for size in ("block_count", "embedding_length") if f"{name}.{size}" not in fields]
+    if missing:
+        raise ValueError(f"MODEL {file} (architecture {name}) lacks {', '.join(missing)}: get it again")
 
 
 def as_folder(file: Path, digest: str) -> Path:
@@ -57,6 +71,7 @@ def as_folder(file: Path, digest: str) -> Path:
     folder = cache_folder() / f"gguf-{digest[:16]}"
     if (folder / "model.safetensors").is_file():
         return folder
+    _check_sizes(file)
     formats = ", ".join(f"{count} x {name}" for name, count in stored_as(file).items())
     say(f"note: {file.name} holds {formats}: what is quantized there stays as coarse as it is")
     say(f"converting {file.name}, once (about two minutes) ...")
