@@ -37,6 +37,8 @@ class LayerDiagnosis(NamedTuple):
         tightness: ``|W x| / (sigma_1 |x|)`` at the largest activation, at most 1 (Theorem 1).
         pcdr: PCDR_1 to PCDR_k_max, the mean over the largest activations.
         on_u1: the part of u_1's energy that lies on ``channel``.
+        input_ratio: the largest absolute input over the inputs' root mean square: what a quantizer with one grid for
+            all inputs has to span.
         rank: how many components S2D would let decay; None where it would leave the layer alone.
     """
 
@@ -54,6 +56,7 @@ class LayerDiagnosis(NamedTuple):
     tightness: float
     pcdr: tuple[float, ...]
     on_u1: float
+    input_ratio: float
     rank: int | None
 
     @property
@@ -176,6 +179,7 @@ class _Seen:
     def __init__(self, name: str, linear: LinearMap, outliers: int) -> None:
         self.name, self.linear, self.tokens = name, linear, 0
         self.statistics, self.square = ActivationStatistics(), 0.0
+        self.largest_input = self.input_square = 0.0
         self.rows = OutlierRows(outliers)  # of inputs, each with its position behind it
         self.in_sequence = False
 
@@ -199,6 +203,8 @@ class _Seen:
         self.tokens += len(y)
         self.statistics.update(y)
         self.square += y.square().sum(dtype=torch.float64).item()
+        self.input_square += x.square().sum(dtype=torch.float64).item()
+        self.largest_input = max(self.largest_input, x.abs().max().item())
         size, flat = self._largest(y)
         token = flat // y.shape[1]
         if self.rows.magnitude is None:
@@ -229,7 +235,10 @@ class _Seen:
         low, high = spectral_norm_bounds(matrix)
         first = in_float64(x[0])
         reach = high * float(first.norm())
-        rms = (self.square / (self.tokens * matrix.shape[0])) ** 0.5
+        rms, input_rms = (
+            (square / (self.tokens * width)) ** 0.5
+            for square, width in zip((self.square, self.input_square), matrix.shape, strict=True)
+        )
         return LayerDiagnosis(
             layer=self.name,
             shape=tuple(matrix.shape),
@@ -245,5 +254,6 @@ class _Seen:
             tightness=float((in_float64(matrix) @ first).norm()) / reach if reach > 0 else 0.0,
             pcdr=tuple(pcdr.tolist()),
             on_u1=float(in_float64(triplets.u)[channel, 0].square()),
+            input_ratio=self.largest_input / input_rms if input_rms > 0 else 1.0,
             rank=outlier_rank(pcdr, tau),
         )

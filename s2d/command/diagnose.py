@@ -104,6 +104,7 @@ COLUMNS = (
     "tightness",
     "PCDR",
     "on u_1",
+    "input over rms",
     "k",
 )
 
@@ -121,6 +122,7 @@ def cells(row: LayerDiagnosis) -> tuple[str, ...]:
         f"{row.tightness:.2f}",
         " ".join(f"{value:.2f}" for value in row.pcdr),
         f"{row.on_u1:.2f}",
+        f"{row.input_ratio:.1f}",
         "-" if row.rank is None else str(row.rank),
     )
 

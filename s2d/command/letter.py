@@ -36,6 +36,7 @@ TERMS = {
     "tightness": "|W x| / (sigma_1 |x|) at the largest output: how near it comes to the bound of Theorem 1",
     "PCDR": "the part of the largest outputs that the top 1, 2, ... singular components make",
     "on u_1": "the part of the first left singular vector's energy that lies on the channel",
+    "input over rms": "the largest input over the inputs' root mean square: what a grid for all inputs has to span",
     "k": "how many components S2D would let decay; - where it leaves the layer alone",
 }
 
@@ -103,7 +104,7 @@ def _why(rows: Sequence[LayerDiagnosis]) -> str:
         return (
             text + "In no layer do a few components make the outliers: they come from inputs, or from many components."
         )
-    best = max(spectral, key=lambda row: row.on_u1)
+    best = max(spectral, key=lambda row: row.on_u1 * row.tightness)
     return text + (
         f"In {best.layer} the first left singular vector has {best.on_u1:.0%} of its energy on channel {best.channel}, "
         "where the outliers are: lower sigma_1, and they fall with it."

@@ -1,4 +1,4 @@
-"""The parts of README.md and RESULTS.md that are computed: every number in them comes from a table of the laptop scale.
+"""The parts of the pages that are computed: every number in them comes from a committed table.
 
 python -m s2d.lab.pages        rewrites what stands between ``<!-- computed: NAME -->`` and ``<!-- end -->``
 python -m s2d.lab.pages check  says which parts are not what the tables give (exit status 1)
@@ -16,7 +16,7 @@ from s2d.files import write_text
 from s2d.lab.paths import repository_root
 from s2d.lab.results import load_table
 
-PAGES = ("README.md", "RESULTS.md")
+PAGES = ("README.md", "RESULTS.md", "docs/real_networks.md")
 RUN = "laptop"
 BLOCK = re.compile(r"<!-- computed: (?P<name>[a-z0-9 _-]+) -->\n(?P<text>.*?)<!-- end -->", re.DOTALL)
 
@@ -152,6 +152,59 @@ def figures() -> str:
     return "\n\n".join(parts)
 
 
+def diagnosis() -> str:
+    """The worst layers of the networks that can be installed, and how many of their layers are ill."""
+    table = load_table("diagnosis", run="real")
+    rows = []
+    for network, layers in table.groupby("network", sort=False):
+        spectral = (layers.finding == "spectral").sum()
+        ill = f"{len(layers)} of {layers.layers.iloc[0]}, {spectral} of them spectral"
+        for row in layers.nlargest(3, "max_abs").itertuples():
+            place = "" if pd.isna(row.position) else f", token {int(row.position)}"
+            rows.append(
+                [network, ill, f"`{row.layer}`", f"{row.max_abs:.4g} ({row.ratio:.0f} rms)", f"{row.channel}{place}"]
+                + [f"{row.tightness:.2f}", f"{row.pcdr_1:.2f}, {row.pcdr_3:.2f}", f"{row.on_u1:.2f}", row.finding]
+            )
+            network = ill = ""
+    header = ["network", "layers with outliers", "the largest", "activation", "channel", "tightness"]
+    return markdown_table([*header, "PCDR_1, PCDR_3", "on u_1", "finding"], rows)
+
+
+def conditioning() -> str:
+    """What conditioning a real network lowers, and what it costs."""
+    table = load_table("conditioning", run="real")
+    bits = [name for name in table.columns if re.fullmatch(r"W\dA\d", name)]
+    first = table.iloc[0]
+    rows = [["as published", "", f"{first.max_abs_before:.0f}", f"{table.sigma_1_before.max():.1f}", "1"]]
+    rows[0] += [f"{first[f'{name}_before']:.3f}" for name in bits]
+    for entry in table.to_dict("records"):
+        if entry["form"] == "spectral-norm cap":
+            strength = f"cap {entry['cap']:g}"
+        else:
+            strength = f"lam {entry['lam']:g}, tau {entry['tau']:g}, k_max {entry['k_max']}"
+        where = "" if entry["layers"] == "all" else f" of `{entry['layers']}`"
+        rows.append(
+            [entry["form"] + where, strength, f"{entry['max_abs']:.0f}", f"{entry['sigma_1']:.1f}"]
+            + [f"{entry['fidelity']:.4f}", *(f"{entry[name]:.3f}" for name in bits)]
+        )
+    header = ["conditioned by", "strength", "largest activation", "largest sigma_1", "cosine"]
+    return markdown_table([*header, *(f"RTN {name}" for name in bits)], rows)
+
+
+def inputs() -> str:
+    """Whether the inputs that a quantizer rounds follow the outputs that conditioning lowers."""
+    table = load_table("inputs", run="real")
+    ffn = table[table.layer.str.fullmatch(r".*\d\.output\.dense")]
+    lower = ffn.max_abs_before / ffn.max_abs_after
+    kept = table.input_ratio_after / table.input_ratio_before
+    return (
+        f"The largest outputs of the {len(ffn)} FFNs fell {lower.min():.1f} to {lower.max():.1f} times (geometric mean "
+        f"{lower.prod() ** (1 / len(lower)):.1f}). The largest inputs, over their root mean square, did "
+        f"not follow: {kept.min():.2f} to {kept.max():.2f} times what they were, over all {len(table)} layers, "
+        f"{table.input_ratio_after.max():.0f} at most ([`inputs.csv`](../data/real/README.md))."
+    )
+
+
 COMPUTED: dict[str, Callable[[], str]] = {
     "fine-tuning": fine_tuning,
     "points lost": points_lost,
@@ -161,6 +214,9 @@ COMPUTED: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "theorem": theorem,
     "figures": figures,
+    "diagnosis": diagnosis,
+    "conditioning": conditioning,
+    "inputs": inputs,
 }
 """What can stand in a page, by name."""
 
