@@ -21,9 +21,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
     images = torch.randn(80, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    images[0] *= 400  # an outlier
     save_file({"images": images}, "data.safetensors")
     assert main(["diagnose", *MODEL, "--data", "data.safetensors", "--images", "80", "--json", "one.json"]) == 0
+    report = json.loads(Path("one.json").read_text())
+    report["layers"][1]["finding"] = "spectral"
+    Path("ill.json").write_text(json.dumps(report))
     arguments = ["--steps", "4", "--look-every", "2", "--held", "16", "--bits", "W8A8,W4A4", "-o", "out"]
     assert main(["condition", *MODEL, "--data", "data.safetensors", *arguments]) == 0
     return tmp_path
@@ -31,9 +33,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_reports_become_tables(here: Path, capsys: pytest.CaptureFixture) -> None:
     report = json.loads(Path("one.json").read_text())
-    table = real_networks.diagnosis_table([Path("one.json")])
-    ill = [row for row in report["layers"] if row["finding"] != "no outliers"]
-    assert len(ill) > 0 and table.layer.tolist() == [row["layer"] for row in ill]
+    table = real_networks.diagnosis_table([Path("one.json"), Path("ill.json")])
+    ill = report["layers"][1:2]
+    assert table.layer.tolist() == [row["layer"] for row in ill]
     assert table.sigma_1.tolist() == [row["sigma_1"][1] for row in ill]
     assert table.pcdr_1.tolist() == [row["pcdr"][0] for row in ill] and set(table.layers) == {len(report["layers"])}
     run = json.loads(Path("out/report.json").read_text())
@@ -49,6 +51,7 @@ def test_reports_become_tables(here: Path, capsys: pytest.CaptureFixture) -> Non
     ("arguments", "message"),
     [
         (["diagnosis", "nowhere.json"], "is no report"),
+        (["diagnosis", "one.json"], "no layer of these reports has outliers"),
         (["diagnosis", "out/report.json"], "no report of s2d diagnose"),
         (["conditioning", "nowhere"], "is no report"),
         (["inputs", "one.json"], "give two reports"),

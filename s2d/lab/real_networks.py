@@ -68,6 +68,8 @@ def diagnosis_table(reports: Sequence[Path]) -> pd.DataFrame:
             row |= {"position": layer["position"], "sigma_1": layer["sigma_1"][1], "tightness": layer["tightness"]}
             row |= {f"pcdr_{k}": value for k, value in enumerate(layer["pcdr"], start=1)}
             rows.append(row | {name: layer[name] for name in ("on_u1", "rank", "finding")})
+    if not rows:
+        raise ValueError("no layer of these reports has outliers: there is nothing to put together")
     return pd.DataFrame(rows).astype({"position": "Int64", "rank": "Int64"})
 
 
