@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,19 @@ class Subject:
         if self.folder is None or not any((self.folder / name).exists() for name in names):
             raise ValueError(f"{self.folder or self.name} has no tokenizer: add it, or give input_ids")
         return need("transformers", "a text").AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+
+    def sentences(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the model is called with for some sentences, marked, padded to the longest and cut to the item's length.
+
+        Raises:
+            ValueError: for a model without a tokenizer.
+            ImportError: without the package transformers.
+        """
+        tokenizer = self.tokenizer()
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # a language model may have none; it is masked
+        options = {"padding": True, "truncation": True, "max_length": self.shape[0], "return_tensors": "pt"}
+        found = tokenizer(list(texts), **options)
+        return {name: found[name] for name in ("input_ids", "attention_mask")}
 
     def random(self, count: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -82,10 +82,11 @@ def sections() -> dict[str, list[PublishedFigure]]:
         >>> [figure.name for figure in sections()["bound"]]
         ['bound_tightness', 'pcdr_layers', 'pcdr_correlation']
     """
-    from s2d.lab.figures import ablations, bound, claims, evidence, finetuning, frontier, origins, ptq, testbed
+    from s2d.lab.figures import ablations, bound, claims, evidence, finetuning, frontier, origins, ptq, real, testbed
 
-    modules = [m.__name__ for m in (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier, claims)]
-    return {m.rpartition(".")[2]: [f for f in _FIGURES if f.draw.__module__ == m] for m in modules}
+    modules = (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier, real, claims)
+    names = [module.__name__ for module in modules]
+    return {name.rpartition(".")[2]: [f for f in _FIGURES if f.draw.__module__ == name] for name in names}
 
 
 def draw_all(section: str, *, run: str) -> list[Path]:
