@@ -243,7 +243,8 @@ def _report(
         "model": asked,
         "loaded": subject.name,
         "data": args.data,
-        "settings": {name: getattr(args, name) for name in names} | {"seed": args.seed, "labels": args.labels},
+        "settings": {name: getattr(args, name) for name in names}
+        | {"lam": LAM.get(args.form) if args.lam is None else args.lam, "seed": args.seed, "labels": args.labels},
         "before": asdict(done.looks[0]),
         "after": asdict(done.chosen),
         "on_target": done.on_target,

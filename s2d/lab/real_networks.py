@@ -25,6 +25,7 @@ from sklearn.datasets import load_sample_images
 from s2d.files import write_atomically, write_text
 from s2d.lab.glosses import glosses, split_indices
 from s2d.lab.results import provenance, save_table
+from s2d.models.conditioning import LAM
 
 RUN = "real"
 FORMS = {
@@ -96,6 +97,7 @@ def conditioning_table(folders: Sequence[Path]) -> pd.DataFrame:
             "layers": " ".join(settings["include"]) or "all",
         }
         row |= {name: settings[name] for name in ("lam", "tau", "k_max", "cap", "lr", "steps", "batch_size", "seed")}
+        row["lam"] = LAM.get(settings["form"]) if row["lam"] is None else row["lam"]
         row |= {"step": after["step"], "items": report["test"]["items"], "fidelity": report["test"]["fidelity"]}
         for name in ("max_abs", "sigma_1"):
             row |= {f"{name}_before": before[name], name: after[name]}
