@@ -56,6 +56,10 @@ def by_hand(model: nn.Module, x: Tensor) -> Tensor:
     return output if site.bias is None else output + site.bias.double()
 
 
+# Weights as int8 overflow on processors without VNNI, where a session therefore takes the others by itself.
+EXACT = (True,) if saturates() else (False, True)
+
+
 def session(model: nn.Module, example: Tensor, folder: Path, **options) -> Int8Session:
     export_int8(model, example, folder / "model.onnx")
     return Int8Session(folder / "model.onnx", 1, **options)
@@ -73,7 +77,7 @@ def test_a_layer_agrees_with_integers_by_hand_and_with_the_simulation(options: d
     x = 2 * data(50, 24, seed=5)  # beyond the calibrated range too
     expected = by_hand(model, x)
     export_int8(model, calibration, tmp_path / "model.onnx")
-    for uint8_weights in (False, True):
+    for uint8_weights in EXACT:
         found = Int8Session(tmp_path / "model.onnx", 1, uint8_weights=uint8_weights)(x)
         assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
         assert torch.allclose(found, model(x), rtol=1e-5, atol=2e-6 * expected.abs().max().item())
@@ -128,7 +132,7 @@ def exported(tmp_path_factory) -> tuple[nn.Module, Path]:
     return model, path
 
 
-@pytest.mark.parametrize("uint8_weights", [False, True])
+@pytest.mark.parametrize("uint8_weights", EXACT)
 def test_a_vit_agrees_with_its_simulation(exported: tuple[nn.Module, Path], uint8_weights: bool) -> None:
     model, path = exported
     x = data(256, 3, 8, 8, seed=3)
@@ -197,7 +201,7 @@ def test_layers_used_by_their_weight_and_shared_ones(tmp_path: Path) -> None:
     x = data(16, 5, 8)
     model = quantize(nn.Sequential(Direct(), block, nn.Tanh(), block), w_bits=8, a_bits=8, calibration=x)
     export_int8(model, x, tmp_path / "model.onnx")
-    for uint8_weights in (False, True):
+    for uint8_weights in EXACT:
         found = Int8Session(tmp_path / "model.onnx", 1, uint8_weights=uint8_weights)(x)
         assert (found - without_product_quantizers(model)(x)).norm() < 2e-3 * found.norm()
     count = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
