@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from s2d.command.data import open_data
 from s2d.console import exit_code, say
 from s2d.files import can_write, write_folder_atomically, write_text
-from s2d.models.conditioning import FORMS, LAM, Conditioned, condition, cosines, item_vectors, output_of
+from s2d.models.conditioning import (
+    FORMS,
+    LAM,
+    Conditioned,
+    checked_settings,
+    condition,
+    cosines,
+    item_vectors,
+    output_of,
+)
 from s2d.models.loading import load_model, model_source
 from s2d.models.subject import Subject, probe
 from s2d.packages import need
@@ -88,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     args.model_options, args.device, args.images = json_object(args.model_options), usable_device(args.device), 512
     bits = [parse_bits(text) for text in args.bits.split(",")]
+    names = ("steps", "lr", "form", "lam", "tau", "k_max", "cap", "target_max", "target_sigma", "look_every")
+    settings = {name: getattr(args, name) for name in names} | {"least_fidelity": args.fidelity}
+    checked_settings(**settings)
     need("safetensors.torch", "saving the result")
     _check_output(args)
     asked, source = args.model, model_source(args)
@@ -120,9 +132,7 @@ def _run(args: argparse.Namespace) -> None:
         subject.model,
         lambda step: _batch(subject, items, _drawn(trained, step, args), args),
         [_batch(subject, items, held[start : start + 32], args) for start in range(0, len(held), 32)],
-        **{name: getattr(args, name) for name in ("steps", "lr", "form", "lam", "tau", "k_max", "cap")},
-        **{name: getattr(args, name) for name in ("target_max", "target_sigma", "look_every")},
-        least_fidelity=args.fidelity,
+        **settings,
         include=include,
         loss=loss,
         folder=state,

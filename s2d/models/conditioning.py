@@ -145,7 +145,7 @@ def condition(
     Paper: "standalone conditioning" (main text, second-hand); the target, the budget and all forms but the printed one
     are ours.
     """
-    settings = _checked_settings(
+    settings = checked_settings(
         steps=steps, lr=lr, form=form, lam=lam, tau=tau, k_max=k_max, cap=cap, target_max=target_max,
         target_sigma=target_sigma, least_fidelity=least_fidelity, look_every=look_every,
     )  # fmt: skip
@@ -170,8 +170,14 @@ def condition(
     return run.finish()
 
 
-def _checked_settings(**settings: Any) -> dict[str, Any]:
-    """The settings, with the defaults of the form in place."""
+def checked_settings(**settings: Any) -> dict[str, Any]:
+    """The settings of :func:`condition`, with the defaults of the form in place.
+
+    Raises:
+        ValueError: for one out of range.
+
+    Paper: none
+    """
     form = settings["form"]
     if form not in FORMS:
         raise ValueError(f"form is {form!r}: choose one of {', '.join(FORMS)}")
