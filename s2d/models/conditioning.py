@@ -22,7 +22,7 @@ from s2d.files import write_atomically
 from s2d.layers import CONVOLUTIONS, LinearMap, Selector, linear_maps
 from s2d.packages import need
 from s2d.ptq.trace import call, tensors_of
-from s2d.regularizer import SelectiveSpectralDecay
+from s2d.regularizer import SelectiveSpectralDecay, check_strength
 
 FORMS = {
     "printed": {},
@@ -185,6 +185,9 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
         settings[name] = check_count(name, settings[name], "give a positive whole number")
     check_number("lr", settings["lr"], lambda value: value > 0, "give a positive rate, such as 1e-4")
     check_number("least_fidelity", settings["least_fidelity"], lambda value: -1 <= value <= 1, "give a cosine")
+    check_number("tau", settings["tau"], lambda value: 0 < value <= 1, "a dominance ratio lies in (0, 1]")
+    if settings["lam"] is not None:
+        check_strength(settings["lam"], 2)
     for name in ("target_max", "target_sigma"):
         if settings[name] is not None:
             check_number(name, settings[name], lambda value: value > 0, "give a positive number, or None")
