@@ -88,7 +88,8 @@ def test_glosses_are_definitions_once_each_and_splits_are_disjoint(wordnet: Path
         (lambda: Glosses().fixed_set("test", 101), "n is 101: the test split has 1 to 100 glosses"),
         (lambda: glosses.split_indices("dev"), "unknown split 'dev': choose one of train, validation"),
         (lambda: SentenceEncoder("bert").build(0), "unknown encoder 'bert': choose among minilm"),
-        (lambda: encoder.encoder_finetuning("SGD", 2), "unknown variant 'SGD': choose one of AdamW"),
+        (lambda: encoder.encoder_finetuning("SGD", 2, {}), "unknown variant 'SGD': choose one of AdamW"),
+        (lambda: encoder.encoder_finetuning("S2D", 2, {"tau": 0.5}), "S2D needs lam, lr: run python -m s2d.lab.enc"),
         (lambda: encoder.Recipe(0, 1, data=Glosses(tokens=8), model=SentenceEncoder()), r"shape \(8,\) and .*\(32,\)"),
     ],
 )
@@ -144,49 +145,118 @@ def test_the_model_has_the_published_weights_a_seeded_head_and_reads_no_padding(
 # --- the study ---
 
 
-def test_every_variant_is_tuned_alike_and_settings_are_the_winners() -> None:
+RATE = {"lr": 1e-3}
+
+
+def test_every_variant_is_tuned_alike() -> None:
     assert len({len(settings) for settings in encoder.GRID.values()}) == 1
-    assert set(encoder.VARIANTS) - set(encoder.GRID) == {encoder.AS_PRINTED}
-    assert not set(encoder.SEEDS) & set(TUNING_SEEDS)
+    assert set(encoder.VARIANTS) == set(encoder.GRID) | set(encoder.UNTUNED)
+    assert not set(encoder.SEEDS) & set(TUNING_SEEDS) and set(encoder.ABLATION_SEEDS) <= set(encoder.SEEDS)
     for variant, settings in encoder.GRID.items():
-        recipes = [encoder.encoder_finetuning(variant, 0, **setting) for setting in settings]
+        recipes = [encoder.encoder_finetuning(variant, 0, RATE | setting) for setting in settings]
         assert len({encoder.recipe_key(recipe) for recipe in recipes}) == len(settings)
+    longer = encoder.encoder_finetuning(encoder.LONGER, 2, RATE)
+    assert longer.steps == 2 * encoder.encoder_finetuning("AdamW", 2, RATE).steps
+
+
+def test_a_network_is_the_same_wherever_it_is_trained() -> None:
+    here, there = (encoder.encoder_finetuning("AdamW", 2, RATE, device=device) for device in ("cpu", "cuda"))
+    assert encoder.recipe_key(here) != encoder.recipe_key(there)
+    assert encoder.network_key(here) == encoder.network_key(there) == encoder.recipe_key(here)
+
+
+def test_another_power_pulls_as_hard_at_the_largest_singular_value() -> None:
+    settings = RATE | {"lam": 0.5, "tau": 0.6}
+    powers = [encoder.encoder_finetuning("S2D", 2, settings).s2d]
+    powers += [encoder.encoder_ablation("S2D", "power", n, 2, settings).s2d for n in ("3", "4")]
+    assert [p["power"] for p in powers] == [2, 3, 4]
+    forces = [p["lam"] * p["power"] * encoder.SIGMA ** (p["power"] - 1) for p in powers]
+    assert forces == pytest.approx([10.0] * 3)
+    with pytest.raises(ValueError, match="unknown ablation 'power', '5': choose one of refresh interval: 10"):
+        encoder.encoder_ablation("S2D", "power", "5", 2, settings)
 
 
 def in_this_process(work, jobs, **options) -> list:
     return [work(*job) for job in jobs]
 
 
-def test_a_search_is_measured_resumed_and_read(wordnet, minilm, tmp_path, monkeypatch, capsys) -> None:
+@pytest.fixture
+def small(wordnet, minilm, tmp_path, monkeypatch) -> Path:
+    """The study at its smallest: three steps, forty glosses, two variants, in this process, without other tables."""
     monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
     monkeypatch.setenv("S2D_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(encoder, "repository_root", lambda: tmp_path)  # without the committed tables
-    for name, value in {"STEPS": 3, "VALIDATION": 40, "CALIBRATION": 8, "BATCH_SIZE": 4}.items():
+    monkeypatch.setattr(encoder, "repository_root", lambda: tmp_path)
+    for name, value in {"STEPS": 3, "CALIBRATION": 8, "BATCH_SIZE": 4}.items():
         monkeypatch.setattr(encoder, name, value)
-    monkeypatch.setattr(encoder.encoder_finetuning, "__kwdefaults__", {"steps": 3})
-    monkeypatch.setattr(encoder, "TUNING_CELLS", (("RTN", "W6A6"), ("RTN, per token", "W4A4")))
+    cells = (("RTN", "W6A6"), ("RTN, per token", "W4A4"))
+    stages = {name: s._replace(items=40, cells=cells, seeds=s.seeds[:1]) for name, s in encoder.STAGES.items()}
+    monkeypatch.setattr(encoder, "STAGES", stages)
     monkeypatch.setattr("s2d.lab.training.VALIDATION_IMAGES", 20)
     monkeypatch.setattr("s2d.lab.training.MEASURE_IMAGES", 20)
-    monkeypatch.setattr("s2d.lab.encoder.layer_statistics", lambda t, images, **o: LAYERS(t, images=20, **o))
-    grid = {"AdamW": encoder.GRID["AdamW"][:2], "S2D, live": encoder.GRID["S2D, live"][:1]}
-    monkeypatch.setattr(encoder, "GRID", grid)
+    monkeypatch.setattr(encoder, "layer_rows", lambda trained: LAYERS(trained, items=20))
+    grid = {name: encoder.GRID[name][:2] for name in ("AdamW", encoder.TUNED_RATE)}
+    forms = ("S2D", encoder.S2D_DECOUPLED)
+    monkeypatch.setattr(encoder, "GRID", grid | {form: encoder.GRID[form][:1] for form in forms})
+    monkeypatch.setattr(encoder, "VARIANTS", ("AdamW", encoder.TUNED_RATE, encoder.LONGER, *forms))
+    monkeypatch.setattr(encoder, "STALENESS_STEPS", 10)
     monkeypatch.setattr(encoder.parallel, "run", in_this_process)
-    encoder.main(["tune", "--variants", "AdamW", "--seeds", "0"])
-    encoder.main(["tune", "--variants", "AdamW", "S2D, live", "--seeds", "0"])
-    table = pd.read_csv(tmp_path / "data" / "encoder" / "tuning.csv")
-    assert table.groupby("variant", sort=False).size().to_dict() == {"AdamW": 6, "S2D, live": 3}
+    return tmp_path / "data" / "encoder"
+
+
+LAYERS = encoder.layer_rows
+
+
+def test_a_search_is_measured_resumed_and_read(small, tmp_path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        encoder.main(["tune", "--variants", "S2D"])
+    assert "needs lr: run python -m s2d.lab.encoder tune" in capsys.readouterr().err
+    encoder.main(["tune", "--variants", "AdamW"])
+    encoder.main(["tune", "--variants", *encoder.VARIANTS])
+    table = pd.read_csv(small / "tuning.csv")
+    assert table.groupby("variant", sort=False).size().to_dict() == {
+        "AdamW": 6,
+        encoder.TUNED_RATE: 6,
+        "S2D": 3,
+        encoder.S2D_DECOUPLED: 3,
+    }
     assert list(table.method[:3]) == ["FP", "RTN", "RTN, per token"] and set(table.split) == {"validation"}
     assert (table.logit_error[table.method == "FP"] == 0).all() and (table.logit_error[table.method != "FP"] > 0).all()
-    assert (table[["max_abs", "sigma_1"]] > 0).all().all()
+    assert set(table.hardware) == {"CPU"}
     assert "winners:" in capsys.readouterr().out
     for path in (tmp_path / "build" / "encoder").iterdir():
         path.unlink()  # as on another machine, which has the committed table alone
     monkeypatch.setattr(encoder, "measure", None)  # nothing is left to do
-    encoder.main(["tune", "--variants", "AdamW", "S2D, live", "--seeds", "0"])
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "data" / "encoder" / "tuning.csv"), table)
+    encoder.main(["tune", "--variants", *encoder.VARIANTS])
+    pd.testing.assert_frame_equal(pd.read_csv(small / "tuning.csv"), table)
 
 
-LAYERS = encoder.layer_statistics
+def test_the_whole_study_takes_what_the_search_chose(small, capsys) -> None:
+    encoder.main(["all"])
+    best = encoder.best_settings()
+    assert set(best) == {*encoder.GRID, *encoder.UNTUNED}
+    assert best["S2D"] == {"lr": best["AdamW"]["lr"], "lam": 5e-3, "tau": 0.6}
+    evidence, layers = (pd.read_csv(small / f"{name}.csv") for name in ("evidence", "layers"))
+    assert list(dict.fromkeys(evidence.variant)) == list(encoder.VARIANTS) and set(evidence.split) == {"test"}
+    assert set(evidence.lr) == {best["AdamW"]["lr"], best[encoder.TUNED_RATE]["lr"]}
+    names = [f"encoder.encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in ("intermediate", "output")]
+    assert layers.groupby("variant", sort=False).layer.apply(list).to_dict() == dict.fromkeys(encoder.VARIANTS, names)
+    assert (layers.sigma_1 >= layers.sigma_2).all() and (layers.input_ratio > 1).all()
+    ablations = pd.read_csv(small / "ablations.csv")
+    assert set(ablations.variant) == {"S2D", encoder.S2D_DECOUPLED}
+    assert list(dict.fromkeys(ablations.group)) == ["none", *encoder.ABLATIONS]
+    staleness = pd.read_csv(small / "staleness.csv")
+    assert staleness.groupby("mode", sort=False).size().nunique() == 1 and staleness["mode"].nunique() == 4
+    assert (staleness.cosine[staleness.step == 0] > 0.9999).all()
+    with pytest.raises(SystemExit):
+        encoder.main(["all", "--seeds", "2"])
+
+
+def test_training_that_diverges_is_the_worst_setting(small, monkeypatch) -> None:
+    grid = {"AdamW": ({"lr": 1e-3}, {"lr": 1e10})}
+    monkeypatch.setattr(encoder, "GRID", grid)
+    rows = encoder.run("tuning", ["AdamW"])
+    assert rows.accuracy[rows.lr == 1e10].isna().all()
+    assert encoder.best_settings()["AdamW"] == {"lr": 1e-3}
 
 
 def test_nothing_is_trained_where_the_encoder_is_missing(wordnet, tmp_path, monkeypatch, capsys) -> None:

@@ -2,12 +2,15 @@
 
     python -m s2d.lab.encoder tune            every setting on the tuning seeds, judged on validation glosses
     python -m s2d.lab.encoder evidence        the winners on the evidence seeds, on test glosses
-    python -m s2d.lab.encoder evidence --seeds 2 --variants AdamW S2D        (a piece of it)
+    python -m s2d.lab.encoder ablations       one setting of S2D changed at a time, on three of these seeds
+    python -m s2d.lab.encoder staleness       how long a cached penalty stays right (G.2)
+    python -m s2d.lab.encoder all --device cuda --workers 12                  one after the other, on an accelerator
+    python -m s2d.lab.encoder evidence --seeds 2 --variants AdamW S2D         (a piece of it)
     python -m s2d.lab.encoder quantizers      every quantizer on the encoder as it was published (ten minutes)
 
-write ``tuning.csv``, ``evidence.csv`` and ``quantizers.csv`` in ``data/encoder``, one row a network and quantizer. What
-these have is not done again: a run that was interrupted goes on where it was, also on another machine. Training takes
-about three minutes a network on one core, measuring it two (tune) or five (evidence).
+write tables of these names (evidence also ``layers.csv``) in ``data/encoder``, one row a network and quantizer (or
+layer). What these have is not done again: a run that was interrupted goes on where it was, also on another machine. A
+network takes five to ten minutes on one core.
 
 What is asked: does S2D help a network that somebody else pretrained, whose outliers are the size of the paper's? AdamW
 is tuned as hard as what it is compared with.
@@ -18,43 +21,54 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from s2d.files import write_text
 from s2d.lab import parallel
-from s2d.lab.evaluate import layer_statistics
+from s2d.lab.evaluate import gather_outliers
 from s2d.lab.glosses import Glosses, glosses
 from s2d.lab.identity import recipe_key
 from s2d.lab.paths import output_root, repository_root
-from s2d.lab.quantization import METHODS, Subject, logits_of, setting
+from s2d.lab.quantization import METHODS, logit_error, logits_of, setting
 from s2d.lab.recipes import AS_PRINTED, CAP, EVIDENCE_SEEDS, S2D_DECOUPLED, TUNING_SEEDS, arm
 from s2d.lab.results import provenance, save_table
 from s2d.lab.sentence_encoder import SentenceEncoder, encoder_folder
+from s2d.lab.staleness import Mode, follow
 from s2d.lab.store import Trained, find, train_and_store
 from s2d.lab.training import Recipe
 from s2d.lab.winners import SETTING_COLUMNS, winners
-from s2d.ptq import parse_bits, quantize
+from s2d.layers import linear_maps
+from s2d.outliers import watch_activations
+from s2d.pcdr import activation_pcdr
+from s2d.ptq import parse_bits, quantize, quantize_each
+from s2d.spectral import top_singular_triplets
 
 RUN = "encoder"
 STEPS = 300
 BATCH_SIZE = 16
 REFRESH_EVERY = 50
 SEEDS = EVIDENCE_SEEDS[:5]
-VALIDATION = 1000
-TEST = 1000
+ABLATION_SEEDS = SEEDS[:3]
 CALIBRATION = 32
 PUBLISHED_TEST = 128
+WEIGHT_DECAY = 0.01
 
+TUNED_RATE = "AdamW, tuned learning rate"
+LONGER = "AdamW, twice the steps"
+FORMS = ("S2D", "S2D, live", S2D_DECOUPLED)
 _S2D = ({"lam": 5e-3, "tau": 0.6}, {"lam": 5e-2, "tau": 0.6}, {"lam": 0.5, "tau": 0.6}, {"lam": 5e-2, "tau": 0.3})
+_RATES = tuple({"lr": lr} for lr in (2e-4, 4e-4, 8e-4, 1.6e-3))
 GRID: dict[str, tuple[dict[str, float], ...]] = {
     # The learning rate is chosen first, and every other variant uses the winner.
-    "AdamW": tuple({"lr": lr} for lr in (1e-4, 2e-4, 4e-4, 8e-4)),
+    "AdamW": _RATES,
+    TUNED_RATE: _RATES,  # the same networks; which is best at low bits
     "AdamW, tuned weight decay": tuple({"weight_decay": wd} for wd in (0.3, 1.0, 3.0, 10.0)),
     "No PCDR": tuple({"lam": lam} for lam in (5e-4, 5e-3, 5e-2, 0.5)),
     "S2D": _S2D,
@@ -63,14 +77,22 @@ GRID: dict[str, tuple[dict[str, float], ...]] = {
     CAP: tuple({"cap": cap} for cap in (2.0, 2.5, 3.0, 4.0)),
 }
 """Variant to the settings that are tried: as many for each, on the same seeds."""
-VARIANTS = ("AdamW", "AdamW, tuned weight decay", "No PCDR", AS_PRINTED, "S2D", "S2D, live", S2D_DECOUPLED, CAP)
-# The winners of the search (data/encoder/tuning.csv), checked by tests/test_encoder.py.
-SETTINGS: dict[str, dict[str, float]] = {
-    "AdamW": {},
-    AS_PRINTED: {"lam": 5e-4, "tau": 0.95},  # second-hand; not tuned
+UNTUNED: dict[str, dict[str, float]] = {
+    LONGER: {},
+    AS_PRINTED: {"lam": 5e-4, "tau": 0.95},  # second-hand
 }
-LR = 4e-4
-WEIGHT_DECAY = 0.01
+VARIANTS = ("AdamW", TUNED_RATE, "AdamW, tuned weight decay", LONGER, "No PCDR", AS_PRINTED, *FORMS, CAP)
+
+STALENESS_STEPS = 100  # as in G.2
+SIGMA = 10.0  # about MiniLM's largest singular value
+ABLATIONS: dict[str, dict[str, dict[str, float | str | None]]] = {
+    "refresh interval": {"10": {"refresh_every": 10}, "100": {"refresh_every": 100}},
+    "k_max": {"1": {"k_max": 1}, "10": {"k_max": 10}},
+    "tau": {"0.8": {"tau": 0.8}, "0.95": {"tau": 0.95}},
+    "power": {"3": {"power": 3}, "4": {"power": 4}},
+    "criterion": {"top 3 of every layer": {"criterion": "all"}},
+}
+"""Tables 6, 10 and 11 in shape: group, setting, what it changes. Another power keeps the force on ``SIGMA``."""
 
 PER_TOKEN = {"activations": "per_token"}
 QUANTIZERS: dict[str, dict[str, Any]] = {
@@ -81,7 +103,6 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "ERQ": METHODS["ERQ"],
 }
 """Quantizers by the name they have in the tables."""
-TUNING_CELLS = (("RTN", "W6A6"), ("RTN", "W5A5"), ("RTN", "W4A4"), ("ERQ", "W4A4"))
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "RTN": METHODS["RTN"],
     "RTN, symmetric": METHODS["RTN"] | {"symmetric": True},
@@ -93,36 +114,62 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
 """What the published encoder is quantized by. SmoothQuant finds nothing to smooth in it: it is RTN."""
 GRANULARITIES = ("per_tensor", "per_token")
 PUBLISHED_BITS = ("W8A8", "W6A6", "W4A4")
-EVIDENCE_CELLS = (
+
+
+Jobs = list[tuple[dict[str, Any], Recipe]]
+"""Networks: what a table says of each, and its recipe."""
+
+
+class Stage(NamedTuple):
+    """On which glosses the networks of a stage are measured, under what, and the seeds of their fine-tuning."""
+
+    split: str
+    items: int
+    seeds: tuple[int, ...]
+    cells: tuple[tuple[str, str], ...]
+
+
+_FEW = (("RTN", "W6A6"), ("RTN", "W5A5"), ("RTN", "W4A4"), ("ERQ", "W4A4"))
+_ALL = (
     *(("RTN", bits) for bits in ("W8A8", "W6A6", "W5A5", "W4A4")),
     *((name, bits) for name in list(QUANTIZERS)[1:] for bits in ("W6A6", "W4A4")),
 )
+STAGES = {
+    "tuning": Stage("validation", 2000, TUNING_SEEDS, _FEW),
+    "evidence": Stage("test", 4000, SEEDS, _ALL),
+    "ablations": Stage("test", 4000, ABLATION_SEEDS, _FEW),
+}
 
 
-def encoder_finetuning(variant: str, seed: int, *, steps: int = STEPS, **changed: float) -> Recipe:
+def encoder_finetuning(
+    variant: str, seed: int, settings: Mapping[str, float], *, steps: int | None = None, device: str = "cpu"
+) -> Recipe:
     """Fine-tuning of the published encoder with a new head.
 
     Args:
         variant: one of ``VARIANTS``.
         seed: of the head and of the training stream, the same for every variant.
-        steps: optimizer steps.
-        **changed: other values than the variant's own, for tuning.
+        settings: lr, and those of the variant (:func:`chosen_settings`).
+        steps: optimizer steps, by default ``STEPS``.
+        device: where it is trained.
 
     Raises:
-        ValueError: for an unknown variant, or one that has no setting yet and is given none.
+        ValueError: for an unknown variant, or a setting that is missing.
 
     Example:
-        >>> encoder_finetuning("AdamW", seed=2, lr=1e-4).optimizer.lr
+        >>> encoder_finetuning("AdamW", 2, {"lr": 1e-4}).optimizer.lr
         0.0001
 
     Paper: appendix D and Tables 6, 10, 11 in shape, on a smaller network.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
-    settings = {"lr": LR, "weight_decay": WEIGHT_DECAY} | SETTINGS.get(variant, {}) | changed
-    if missing := set(GRID[variant][0] if variant in GRID else SETTINGS[variant]) - settings.keys():
-        raise ValueError(f"{variant} has no {', '.join(sorted(missing))} yet: run python -m s2d.lab.encoder tune")
-    optimizer, s2d = arm(variant, settings, betas=(0.9, 0.999), refresh_every=REFRESH_EVERY)
+    needed = {"lr", *(GRID[variant][0] if variant in GRID else UNTUNED[variant])}
+    if missing := sorted(needed - settings.keys()):
+        raise ValueError(f"{variant} needs {', '.join(missing)}: run python -m s2d.lab.encoder tune, or give it")
+    own = {"weight_decay": WEIGHT_DECAY} | dict(settings)
+    optimizer, s2d = arm(variant, own, betas=(0.9, 0.999), refresh_every=REFRESH_EVERY)
+    steps = (STEPS if steps is None else steps) * (2 if variant == LONGER else 1)
     return Recipe(
         seed=seed,
         steps=steps,
@@ -133,35 +180,109 @@ def encoder_finetuning(variant: str, seed: int, *, steps: int = STEPS, **changed
         model=SentenceEncoder(),
         s2d=s2d,
         measure_every=steps,
+        device=device,
     )
+
+
+def encoder_ablation(variant: str, group: str, setting: str, seed: int, settings: Mapping[str, float], **options):
+    """Fine-tuning with a form of S2D in which one setting differs.
+
+    Args:
+        variant: of ``FORMS``.
+        group, setting: keys of ``ABLATIONS``.
+        seed, settings, **options: see :func:`encoder_finetuning`.
+
+    Raises:
+        ValueError: for an unknown group or setting.
+
+    Example:
+        >>> recipe = encoder_ablation("S2D", "power", "3", 2, {"lr": 1e-4, "lam": 0.03, "tau": 0.6})
+        >>> recipe.s2d["power"], round(recipe.s2d["lam"], 6)
+        (3, 0.002)
+
+    Paper: Tables 6, 10 and 11 in shape.
+    """
+    if setting not in ABLATIONS.get(group, ()):
+        known = ", ".join(f"{g}: {s}" for g, each in ABLATIONS.items() for s in each)
+        raise ValueError(f"unknown ablation {group!r}, {setting!r}: choose one of {known}")
+    base = encoder_finetuning(variant, seed, settings, **options)
+    changed = dict(ABLATIONS[group][setting])
+    if group == "power":  # the force is lam n sigma^(n - 1)
+        changed["lam"] = settings["lam"] * 2 / changed["power"] * SIGMA ** (2 - changed["power"])
+    return replace(base, s2d=base.s2d | changed)
 
 
 # --- one trained network ----------------------------------------------------------------------------------------------
 
 
-def rows_of(trained: Trained, *, split: str, items: int, cells: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """What one network does in full precision and under some quantizers.
+def rows_of(trained: Trained, stage: Stage) -> list[dict[str, Any]]:
+    """What one network does in full precision and under some quantizers, on the device it was trained on.
 
     Args:
         trained: a fine-tuned encoder.
-        split, items: what it is tested on.
-        cells: keys of :data:`QUANTIZERS` with bit widths such as ``"W4A4"``.
+        stage: what it is tested on, and under which keys of :data:`QUANTIZERS`.
 
     Returns:
         One row a cell, full precision first: method, bits, split, items, accuracy, logit_error (``|q - fp|^2 /
-        |fp|^2``), and the same in every row: max_abs, sigma_1 and kurtosis (of the FFN outputs, largest over layers).
+        |fp|^2``).
     """
-    subject = Subject("", trained, split, items)
-    calibration, _ = trained.recipe.data.fixed_set("calibration", CALIBRATION)
-    layers = layer_statistics(trained, images=256, k_max=1)
-    ffn = layers[layers.layer.str.endswith("output.dense") & ~layers.layer.str.contains("attention")]
-    same = {"split": split, "items": items, "max_abs": ffn.max_abs.max(), "sigma_1": ffn.sigma_1.max()}
-    same["kurtosis"] = ffn.excess_kurtosis.max()
-    results = [("FP", "FP", subject.compared(subject.full))]
-    settings = [setting(parse_bits(bits), **QUANTIZERS[name]) for name, bits in cells]
-    for (name, bits), result in zip(cells, subject.measured(settings, calibration), strict=True):
-        results.append((name, bits, result))
-    return [{"method": name, "bits": bits} | result | same for name, bits, result in results]
+    data, device = trained.recipe.data, trained.recipe.device
+    model = trained.model().to(device)
+    x, y = (part.to(device) for part in data.fixed_set(stage.split, stage.items))
+    calibration = data.fixed_set("calibration", CALIBRATION)[0].to(device)
+    settings = [setting(parse_bits(bits), **QUANTIZERS[name]) for name, bits in stage.cells]
+    full = logits_of(model, x)
+    found = [full]
+    for quantized in quantize_each(model, settings, calibration=calibration, batch_size=CALIBRATION):
+        found.append(logits_of(quantized, x))
+    same = {"split": stage.split, "items": len(y)}
+    return [
+        {"method": name, "bits": bits, **same, "accuracy": (logits.argmax(-1) == y).double().mean().item()}
+        | {"logit_error": logit_error(logits, full)}
+        for (name, bits), logits in zip((("FP", "FP"), *stage.cells), found, strict=True)
+    ]
+
+
+@torch.no_grad()
+def layer_rows(trained: Trained, *, items: int = 256, k_max: int = 3) -> list[dict[str, Any]]:
+    """Table 7 in shape: each FFN's two layers, what they put out and what a quantizer of their input has to span.
+
+    Args:
+        trained: a fine-tuned encoder.
+        items: calibration glosses shown.
+        k_max: singular values, and PCDR_1 to PCDR_k_max at the 16 largest outputs, that are given.
+
+    Returns:
+        Rows with layer, max_abs and excess_kurtosis (of the output without bias), input_ratio (largest input over the
+        root mean square), sigma_1.., pcdr_1...
+    """
+    device = trained.recipe.device
+    model = trained.model().to(device)
+    x = trained.recipe.data.fixed_set("calibration", items)[0].to(device)
+    layers = {name: linear for name, linear in linear_maps(model).items() if "attention" not in name and name != "head"}
+    ratios: dict[str, float] = {}
+
+    def seen(name: str, value: Tensor) -> None:
+        ratios[name] = (value.abs().max() / value.square().mean().sqrt()).item()
+
+    hooks = [
+        linear.module.register_forward_pre_hook(lambda _, inputs, name=name: seen(name, inputs[0]))
+        for name, linear in layers.items()
+    ]
+    with watch_activations({name: linear.module for name, linear in layers.items()}) as watched:
+        outliers = gather_outliers(model, x)
+    for hook in hooks:
+        hook.remove()
+    rows = []
+    for name, linear in layers.items():
+        weight, found = linear.matrix(), outliers[name]
+        triplets = top_singular_triplets(weight, k_max)
+        shares = activation_pcdr(weight, found.x, found.neuron, k_max=k_max, triplets=triplets).mean(0)
+        row = {"layer": name, "max_abs": found.magnitude[0].item()}
+        row |= {"excess_kurtosis": watched[name].summary().excess_kurtosis, "input_ratio": ratios[name]}
+        row |= {f"sigma_{k}": value for k, value in enumerate(triplets.s.tolist(), start=1)}
+        rows.append(row | {f"pcdr_{k}": value for k, value in enumerate(shares.tolist(), start=1)})
+    return rows
 
 
 # --- all of them, resumed where they were -----------------------------------------------------------------------------
@@ -179,39 +300,128 @@ def known_rows(stage: str) -> pd.DataFrame:
     """What was measured: the committed table, and what was measured here since.
 
     Args:
-        stage: ``"tuning"`` or ``"evidence"``.
+        stage: a table of this study.
 
     Returns:
-        Rows of :func:`measure`; empty at the start.
+        Its rows, each once; empty at the start.
     """
     files = [root / _table_file(stage) for root in {output_root(), repository_root()}]
     files += sorted(_row_file("", stage).parent.glob(f"{stage}-*.csv"))
     tables = [pd.read_csv(path) for path in files if path.is_file()]
     if not tables:
         return pd.DataFrame(columns=["variant", "seed", "key", "method", "bits"])
-    return pd.concat(tables).drop_duplicates(["key", "method", "bits"], keep="last").reset_index(drop=True)
+    rows = pd.concat(tables)
+    names = [name for name in ("key", "layer", "step", "method", "bits") if name in rows.columns]
+    return rows.drop_duplicates(names, keep="last").reset_index(drop=True)
 
 
-def measure(variant: str, setting: Mapping[str, float], recipe: Recipe, stage: str) -> None:
+def network_key(recipe: Recipe) -> str:
+    """What a network is known by in the tables: its recipe, wherever it was trained."""
+    return recipe_key(replace(recipe, device="cpu"))
+
+
+def hardware(device: str) -> str:
+    """The name of the device, as the tables have it: ``"CPU"``, or the accelerator's own."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device.upper()
+
+
+def measure(recipe: Recipe, stage: str) -> None:
     """Train one network and leave its rows on disk; called in a worker process.
 
+    Training that diverges is a result too: one row without accuracy.
+
     Args:
-        variant, setting: what the rows say they are of.
         recipe: what is trained.
-        stage: ``"tuning"`` (validation glosses, few quantizers) or ``"evidence"`` (test glosses, all of them).
+        stage: a key of ``STAGES``.
     """
     torch.set_num_threads(1)
+    same = {"key": network_key(recipe), "hardware": hardware(recipe.device)}
     trained = find(recipe)
     if trained is None:
-        train_and_store(recipe)
+        try:
+            train_and_store(recipe)
+        except ValueError as error:
+            if "lower lr" not in str(error):
+                raise
+            row = {"method": "FP", "bits": "FP", "split": STAGES[stage].split, "items": STAGES[stage].items}
+            rows = pd.DataFrame([row | {"accuracy": None} | same])
+            write_text(_row_file(same["key"], stage), rows.to_csv(index=False))
+            return
         trained = find(recipe)
-    split, items, cells = ("validation", VALIDATION, TUNING_CELLS)
     if stage == "evidence":
-        split, items, cells = ("test", TEST, EVIDENCE_CELLS)
-    same = {"variant": variant, **dict.fromkeys(SETTING_COLUMNS)} | dict(setting) | {"seed": recipe.seed}
-    same["key"] = recipe_key(recipe)
-    rows = pd.DataFrame([same | row for row in rows_of(trained, split=split, items=items, cells=cells)])
+        layers = pd.DataFrame(layer_rows(trained)).assign(**same)
+        write_text(_row_file(same["key"], "layers"), layers.to_csv(index=False))
+    rows = pd.DataFrame(rows_of(trained, STAGES[stage])).assign(**same)
     write_text(_row_file(same["key"], stage), rows.to_csv(index=False))
+
+
+def measure_staleness(name: str, mode: Mode, recipe: Recipe) -> None:
+    """Follow the cached penalty of one mode and leave the rows on disk; called in a worker process.
+
+    Args:
+        name: of the mode.
+        mode: how the penalty is applied.
+        recipe: whose model, data and optimizer are used.
+    """
+    torch.set_num_threads(1)
+    model = recipe.model.build(recipe.seed).to(recipe.device)
+    rows = follow(
+        model, recipe, mode, steps=STALENESS_STEPS, refresh_every=STALENESS_STEPS, every=STALENESS_STEPS // 10
+    )
+    key = f"{name} {recipe.seed}"
+    found = pd.DataFrame(rows).assign(mode=name, seed=recipe.seed, key=key, hardware=hardware(recipe.device))
+    write_text(_row_file(key.replace(" ", "_"), "staleness"), found.to_csv(index=False))
+
+
+def run_staleness(workers: int | None = None, device: str = "cpu") -> pd.DataFrame:
+    """G.2 on the encoder: the cached penalty against a fresh one over the steps of one refresh interval.
+
+    Args:
+        workers, device: see :func:`run`.
+
+    Returns:
+        Columns mode, seed, hardware, and those of :func:`s2d.lab.staleness.follow`.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`run`.
+    """
+    encoder_folder(SentenceEncoder().encoder), glosses()
+    best = best_settings()
+    if missing := [variant for variant in ("S2D", S2D_DECOUPLED) if variant not in best]:
+        raise ValueError(f"{missing[0]} has no lam yet: run python -m s2d.lab.encoder tune")
+    modes = {
+        "no penalty": Mode(0.0),
+        AS_PRINTED: Mode(UNTUNED[AS_PRINTED]["lam"]),
+        "S2D": Mode(best["S2D"]["lam"]),
+        S2D_DECOUPLED: Mode(best[S2D_DECOUPLED]["lam"], "live", "decoupled"),
+    }
+    jobs = [
+        (name, mode, encoder_finetuning("AdamW", seed, best["AdamW"], device=device))
+        for name, mode in modes.items()
+        for seed in ABLATION_SEEDS
+    ]
+    keys = [f"{name} {recipe.seed}" for name, _, recipe in jobs]
+    known = set(known_rows("staleness").key)
+    missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in known}
+    if missing:
+        parallel.run(
+            measure_staleness,
+            list(missing.values()),
+            names=list(missing),
+            workers=min(parallel.worker_count(workers), len(missing)),
+            unit="run",
+            label="staleness",
+        )
+    rows = known_rows("staleness")
+    rows = rows[rows.key.isin(keys)].sort_values(["mode", "seed", "step"], kind="stable", key=_by_place(list(modes)))
+    rows = rows[["mode", "seed", *[name for name in rows.columns if name not in ("mode", "seed")]]]
+    parameters = {"steps": STALENESS_STEPS, "seeds": list(ABLATION_SEEDS)}
+    save_table(rows, "staleness", run=RUN, source=provenance("s2d.lab.encoder", parameters))
+    return rows
+
+
+def _by_place(names: Sequence[str]):
+    return lambda column: column.map(names.index) if column.name == "mode" else column
 
 
 def measure_published(name: str, activations: str, bits: str) -> None:
@@ -270,23 +480,101 @@ def run_published(workers: int | None = None) -> pd.DataFrame:
     return rows.drop(columns="key")
 
 
-def wanted(stage: str, variants: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, dict[str, float], Recipe]]:
-    """Variant, setting and recipe of every network of a stage, in the order of the table."""
+def chosen_settings(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Variant to the setting that the search chose (:func:`s2d.lab.winners.winners`), learning rate included.
+
+    Args:
+        rows: of the stage ``"tuning"``.
+
+    Returns:
+        Only the variants that ``rows`` can tell.
+    """
+    if rows.empty:
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for row in winners(tuning_table(rows)).to_dict("records"):
+        found[row["variant"]] = {name: row[name] for name in SETTING_COLUMNS if not pd.isna(row[name])}
+    if "AdamW" in found:
+        found |= UNTUNED
+    return {variant: found.get("AdamW", {}) | setting for variant, setting in found.items()}
+
+
+def _labels(variant: str, own: Mapping[str, float], /, **more: Any) -> dict[str, Any]:
+    return {"variant": variant} | dict.fromkeys(SETTING_COLUMNS) | dict(own) | more
+
+
+def tuning_jobs(variants: Sequence[str], seeds: Sequence[int], rate: Mapping[str, float], device: str = "cpu") -> Jobs:
+    """Every setting of some variants; ``rate`` is the learning rate (``lr``) of those that do not try their own."""
+    return [
+        (_labels(variant, own, seed=seed), encoder_finetuning(variant, seed, {**rate, **own}, device=device))
+        for seed in seeds
+        for variant in variants
+        for own in GRID.get(variant, ())
+    ]
+
+
+def best_settings() -> dict[str, dict[str, float]]:
+    """What the search has chosen so far: see :func:`chosen_settings`."""
+    seeds = STAGES["tuning"].seeds
+    adamw = [variant for variant in ("AdamW", TUNED_RATE) if variant in GRID]
+    rates = chosen_settings(table_of("tuning", tuning_jobs(adamw, seeds, {})))
+    if "AdamW" not in rates:
+        return {}
+    return chosen_settings(table_of("tuning", tuning_jobs(list(GRID), seeds, rates["AdamW"])))
+
+
+def wanted(stage: str, variants: Sequence[str], seeds: Sequence[int], device: str = "cpu") -> Jobs:
+    """Labels and recipe of every network of a stage, in the order of the table.
+
+    Raises:
+        ValueError: if the search has not chosen a setting that is needed.
+    """
+    best = best_settings()
     if stage == "tuning":
-        settings = [(variant, setting) for variant in variants for setting in GRID.get(variant, ())]
-    else:
-        settings = [(variant, SETTINGS.get(variant, {})) for variant in variants]
-    pairs = [(seed, *pair) for seed in seeds for pair in settings]
-    return [(variant, setting, encoder_finetuning(variant, seed, **setting)) for seed, variant, setting in pairs]
+        return tuning_jobs(variants, seeds, best.get("AdamW", {}), device)
+    jobs: Jobs = []
+    for seed in seeds:
+        for variant in variants:
+            own = best.get(variant, {})
+            recipe = encoder_finetuning(variant, seed, own, device=device)
+            if stage == "evidence":
+                jobs.append((_labels(variant, own, seed=seed), recipe))
+            elif variant in FORMS:
+                jobs.append((_labels(variant, own, group="none", setting="as tuned", seed=seed), recipe))
+                for group, name in ((group, name) for group, names in ABLATIONS.items() for name in names):
+                    recipe = encoder_ablation(variant, group, name, seed, own, device=device)
+                    jobs.append((_labels(variant, own, group=group, setting=name, seed=seed), recipe))
+    return jobs
 
 
-def run(stage: str, variants: Sequence[str], seeds: Sequence[int], workers: int | None = None) -> pd.DataFrame:
+def table_of(stage: str, jobs: Jobs) -> pd.DataFrame:
+    """The rows of the networks that were measured, under the names they have in this study."""
+    rows = known_rows(stage)
+    of_key = dict(list(rows.groupby("key", sort=False)))
+    parts = []
+    for labels, recipe in jobs:
+        if (part := of_key.get(network_key(recipe))) is not None:
+            own = part.drop(columns=[name for name in (*labels, "group", "setting") if name in part.columns])
+            front = pd.DataFrame({name: [value] * len(own) for name, value in labels.items()}, index=own.index)
+            parts.append(pd.concat([front, own], axis=1))
+    return pd.concat(parts, ignore_index=True) if parts else rows.iloc[:0]
+
+
+def run(
+    stage: str,
+    variants: Sequence[str],
+    seeds: Sequence[int] = (),
+    *,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> pd.DataFrame:
     """Measure what is missing, write the table.
 
     Args:
-        stage: ``"tuning"`` or ``"evidence"``.
-        variants, seeds: of this run; the table keeps what it has of others.
+        stage: a key of ``STAGES``.
+        variants, seeds: of this run (by default the stage's seeds); the table keeps what it has of others.
         workers: processes, one thread each.
+        device: where to train and to measure.
 
     Returns:
         The table.
@@ -295,23 +583,31 @@ def run(stage: str, variants: Sequence[str], seeds: Sequence[int], workers: int 
         FileNotFoundError, ValueError: if encoder or glosses are not here, before anything is trained.
     """
     encoder_folder(SentenceEncoder().encoder), glosses()
-    jobs = wanted(stage, variants, seeds)
+    seeds = tuple(seeds) or STAGES[stage].seeds
+    if stage == "tuning" and set(variants) - {"AdamW"} and "AdamW" in variants:
+        run(stage, ["AdamW"], seeds, workers=workers, device=device)  # the others take its learning rate
     known = set(known_rows(stage).key)
-    missing = [job for job in jobs if recipe_key(job[2]) not in known]
+    missing = {network_key(recipe): recipe for _, recipe in wanted(stage, variants, seeds, device)}
+    missing = {key: recipe for key, recipe in missing.items() if key not in known}
     if missing:
         parallel.run(
             measure,
-            [(*job, stage) for job in missing],
-            names=[f"{variant} {setting} seed {recipe.seed}" for variant, setting, recipe in missing],
+            [(recipe, stage) for recipe in missing.values()],
+            names=[f"{stage} of the recipe {key}, seed {recipe.seed}" for key, recipe in missing.items()],
             workers=min(parallel.worker_count(workers), len(missing)),
             unit="network",
             label=stage,
         )
-    rows = known_rows(stage)
-    order = {recipe_key(recipe): place for place, (_, _, recipe) in enumerate(jobs)}
-    rows = rows.assign(place=rows.key.map(order)).sort_values("place", kind="stable").drop(columns="place")
-    parameters = {"steps": STEPS, "batch_size": BATCH_SIZE, "seeds": sorted(set(rows.seed.tolist()))}
-    save_table(rows, stage, run=RUN, source=provenance("s2d.lab.encoder", parameters))
+    measured = set(known_rows(stage).key)
+    every_seed = sorted({*STAGES[stage].seeds, *seeds})
+    told = VARIANTS if stage == "tuning" else [variant for variant in VARIANTS if variant in best_settings()]
+    jobs = [job for job in wanted(stage, told, every_seed) if network_key(job[1]) in measured]
+    parameters = {"steps": STEPS, "batch_size": BATCH_SIZE, "seeds": every_seed}
+    source = provenance("s2d.lab.encoder", parameters)
+    rows = table_of(stage, jobs)
+    save_table(rows, stage, run=RUN, source=source)
+    if stage == "evidence":
+        save_table(table_of("layers", jobs), "layers", run=RUN, source=source)
     return rows
 
 
@@ -327,7 +623,7 @@ def tuning_table(rows: pd.DataFrame) -> pd.DataFrame:
     by = ["variant", *SETTING_COLUMNS, "seed"]
     full = rows[rows.method == "FP"].groupby(by, sort=False, dropna=False).accuracy.mean()
     low = rows[rows.method != "FP"].groupby(by, sort=False, dropna=False).accuracy.mean()
-    return pd.DataFrame({"FP": full, "low_bits": low}).reset_index()
+    return pd.DataFrame({"FP": full, "low_bits": low}).fillna(0.0).reset_index()  # one that diverged gets nothing right
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -335,31 +631,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m s2d.lab.encoder", description="Fine-tune a real sentence encoder with every variant; quantize."
     )
-    parser.add_argument("stage", choices=["tune", "evidence", "quantizers"])
+    parser.add_argument("stage", choices=["tune", "evidence", "ablations", "staleness", "all", "quantizers"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 0 1 to tune, 2 to 6 as evidence")
     parser.add_argument("--workers", type=int, help="processes (default: $S2D_WORKERS or the number of cores)")
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
     arguments = parser.parse_args(argv)
-    stage, seeds = {"tune": ("tuning", TUNING_SEEDS)}.get(arguments.stage, (arguments.stage, SEEDS))
+    if arguments.stage == "all" and arguments.seeds:
+        parser.error("--seeds is of one stage: the stages of all have their own")
+    stages = [{"tune": "tuning"}.get(arguments.stage, arguments.stage)]
     try:
-        if stage == "quantizers":
+        if arguments.stage == "quantizers":
             table = run_published(arguments.workers).set_index(["activations", "method", "bits"]).error
             print(table.unstack("bits", sort=False).round(3).to_string())
             return
-        rows = run(stage, arguments.variants, arguments.seeds or seeds, arguments.workers)
+        options = {"workers": arguments.workers, "device": arguments.device}
+        for stage in [*STAGES, "staleness"] if arguments.stage == "all" else stages:
+            if stage == "staleness":
+                cosines = run_staleness(**options).groupby(["mode", "step"], sort=False).cosine
+                print(cosines.agg(["mean", "min"]).unstack("step").round(4).to_string())
+            else:
+                _print(stage, run(stage, arguments.variants, arguments.seeds or (), **options))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted: networks that were measured are kept; run again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _print(stage: str, rows: pd.DataFrame) -> None:
     if stage == "tuning":
         table = tuning_table(rows)
         by = ["variant", *SETTING_COLUMNS]
         print(table.groupby(by, sort=False, dropna=False)[["FP", "low_bits"]].mean().round(3).to_string())
         print("\nwinners:\n" + winners(table).to_string(index=False))
-    else:
-        means = rows.groupby(["variant", "method", "bits"], sort=False).accuracy.mean()
-        print((100 * means.unstack(["method", "bits"])).round(1).to_string())
+        return
+    by = ["variant", "group", "setting"] if stage == "ablations" else ["variant"]
+    means = rows.groupby([*by, "method", "bits"], sort=False).accuracy.mean()
+    print((100 * means.unstack(["method", "bits"])).round(1).to_string())
 
 
 if __name__ == "__main__":
