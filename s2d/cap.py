@@ -3,7 +3,7 @@ r"""A cap on the spectral norm: what is above it is cut off, every few steps.
 .. math:: W \leftarrow U\, \mathrm{diag}(\min(\sigma_i, c))\, V^\top
 
 Not in the paper. It was put in as a control, and on this repository's networks it does better than any form of spectral
-decay (notebook 07).
+decay (notebook 12).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SpectralNormCap(Attached):
     Args:
         model: the model in training.
         cap: largest singular value allowed, positive. It has no scale-free default: look at ``svdvals`` of the trained
-            weights, and choose it on validation data (2 for notebook 07's networks, whose largest are about 15).
+            weights, and choose it on validation data (2 for notebook 12's networks, whose largest are about 15).
         every: optimizer steps between two projections; in between a weight may exceed the cap a little.
         include, exclude: see :func:`s2d.layers.linear_maps`.
         process_group: the ranks that train this model together: ``"world"``, a group, or None for no exchange.

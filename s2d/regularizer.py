@@ -209,7 +209,7 @@ class SelectiveSpectralDecay(Attached):
     **Under Adam.** The paper adds the penalty to the gradient, so Adam rescales it entry by entry, and its cached form
     goes on pushing along a component that is already gone. With ``criterion="all", k_max=None, coefficients="live",
     coupling="decoupled"`` (decoupled spectral decay, not in the paper) a component shrinks by ``lr * lam *
-    sigma**power`` a step whatever Adam does; notebook 07 compares the two. It needs every triplet: a smaller ``k_max``
+    sigma**power`` a step whatever Adam does; notebook 12 compares the two. It needs every triplet: a smaller ``k_max``
     bounds the memory. Choose ``lam`` anew (0.1 there), and leave the optimizer some weight decay for the rest. There a
     plain cap (:class:`s2d.cap.SpectralNormCap`) does better still.
 

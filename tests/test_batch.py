@@ -103,8 +103,8 @@ def snakemake(folder: Path, *arguments: str) -> str:
     [
         (None, set()),
         ("notebooks/params/laptop/01_outlier_origins.yaml", {"outlier_origins", "figures"}),
-        ("notebooks/params/laptop/06_ablations.yaml", {"ablations", "figures"}),
-        ("notebooks/08_figures.ipynb", {"figures"}),
+        ("notebooks/params/laptop/11_ablations.yaml", {"ablations", "figures"}),
+        ("notebooks/90_figures.ipynb", {"figures"}),
         ("s2d/lab/staleness.py", {"ablations", "figures"}),
         ("s2d/lab/origins.py", {"outlier_origins", "bound_and_pcdr", "origin_evidence", "figures"}),
         ("s2d/lab/figures/style.py", {"figures"}),
@@ -130,10 +130,10 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(finished_batch, cha
 def test_tables_that_are_there_stay_while_a_notebook_runs_and_when_it_fails(finished_batch, tmp_path):
     folder = tmp_path / "batch"
     shutil.copytree(finished_batch, folder)
-    table, params = folder / "data/laptop/bound.csv", folder / "notebooks/params/laptop/02_bound_and_pcdr.yaml"
+    table, params = folder / "data/laptop/bound.csv", folder / "notebooks/params/laptop/03_bound_and_pcdr.yaml"
     table.write_text("committed")  # Snakemake would delete it, and studies read theirs where checkpoints are missing
     params.write_text(params.read_text() + "\nno_such_parameter: 1\n")
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "build/laptop/02_bound_and_pcdr.ipynb"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "build/laptop/03_bound_and_pcdr.ipynb"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"HOME": str(folder)})
     assert done.returncode != 0 and "no_such_parameter" in done.stdout + done.stderr
     assert table.read_text() == "committed"

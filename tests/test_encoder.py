@@ -170,8 +170,7 @@ def test_another_power_pulls_as_hard_at_the_largest_singular_value() -> None:
     powers = [encoder.encoder_finetuning("S2D", 2, settings).s2d]
     powers += [encoder.encoder_ablation("S2D", "power", n, 2, settings).s2d for n in ("3", "4")]
     assert [p["power"] for p in powers] == [2, 3, 4]
-    forces = [p["lam"] * p["power"] * encoder.SIGMA ** (p["power"] - 1) for p in powers]
-    assert forces == pytest.approx([10.0] * 3)
+    assert [p["lam"] * encoder.SIGMA ** p["power"] for p in powers] == pytest.approx([50.0] * 3)
     with pytest.raises(ValueError, match="unknown ablation 'power', '5': choose one of refresh interval: 10"):
         encoder.encoder_ablation("S2D", "power", "5", 2, settings)
 

@@ -91,7 +91,7 @@ def test_a_figure_without_a_caption_is_refused(monkeypatch):
 def test_the_list_of_figures_is_the_registry(output):
     text = index()
     assert [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")] == [f.name for f in FIGURES]
-    assert "| `bound_tightness` | " in text and "| `bound.csv` | 02_bound_and_pcdr | Theorem 1 (A.1) |" in text
+    assert "| `bound_tightness` | " in text and "| `bound.csv` | 03_bound_and_pcdr | Theorem 1 (A.1) |" in text
     assert write_index().read_text() == text == (ROOT / "figures" / "README.md").read_text()
     assert write_index() == output / "figures" / "README.md"
 

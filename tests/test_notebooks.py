@@ -21,7 +21,7 @@ from s2d.lab.recipes import (
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
-SEEDS_OF = {"05_origin_evidence": INTERVENTION_SEEDS, "06_ablations": ABLATION_SEEDS, "07_frontier": EVIDENCE_SEEDS}
+SEEDS_OF = {"10_origin_evidence": INTERVENTION_SEEDS, "11_ablations": ABLATION_SEEDS, "12_frontier": EVIDENCE_SEEDS}
 SCALES = sorted(path.name for path in (ROOT / "notebooks" / "params").iterdir())
 
 

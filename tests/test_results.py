@@ -208,7 +208,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package = tmp_path / "s2d"
     shutil.copytree(Path(s2d.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "notebooks").mkdir()
-    shutil.copy(Path(s2d.__file__).parents[1] / "notebooks" / "02_bound_and_pcdr.ipynb", tmp_path / "notebooks")
+    shutil.copy(Path(s2d.__file__).parents[1] / "notebooks" / "03_bound_and_pcdr.ipynb", tmp_path / "notebooks")
     monkeypatch.setattr(dependencies, "PACKAGE", package)
     monkeypatch.setattr(results, "repository_root", lambda: tmp_path)
     return package
@@ -216,7 +216,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_source_hash_covers_what_a_table_depends_on(package: Path) -> None:
     def source() -> str:
-        return provenance("02_bound_and_pcdr", {})["source"]
+        return provenance("03_bound_and_pcdr", {})["source"]
 
     first = source()
     for name, changes in {

@@ -198,7 +198,7 @@ def encoder_ablation(variant: str, group: str, setting: str, seed: int, settings
     Example:
         >>> recipe = encoder_ablation("S2D", "power", "3", 2, {"lr": 1e-4, "lam": 0.03, "tau": 0.6})
         >>> recipe.s2d["power"], round(recipe.s2d["lam"], 6)
-        (3, 0.002)
+        (3, 0.003)
 
     Paper: Tables 6, 10 and 11 in shape.
     """
@@ -207,8 +207,8 @@ def encoder_ablation(variant: str, group: str, setting: str, seed: int, settings
         raise ValueError(f"unknown ablation {group!r}, {setting!r}: choose one of {known}")
     base = encoder_finetuning(variant, seed, settings, **options)
     changed = dict(ABLATIONS[group][setting])
-    if group == "power":  # the force is lam n sigma^(n - 1)
-        changed["lam"] = settings["lam"] * 2 / changed["power"] * SIGMA ** (2 - changed["power"])
+    if group == "power":  # the force is lam sigma^n
+        changed["lam"] = settings["lam"] * SIGMA ** (2 - changed["power"])
     return replace(base, s2d=base.s2d | changed)
 
 

@@ -36,7 +36,7 @@ class Mode(NamedTuple):
 
 
 # The strength of the decoupled modes is the one at which the coefficients fall over the first steps about as fast
-# as in the coupled ones (a table in notebook 06 shows it), so that the modes differ in what happens later.
+# as in the coupled ones (a table in notebook 11 shows it), so that the modes differ in what happens later.
 DECOUPLED_LAM = 4.0
 SLOW_ADAMW = replace(INTERVENTIONS["AdamW"], lr=FINETUNE_LR / 100, weight_decay=RECIPE_WEIGHT_DECAY)
 PLAIN_SGD = Optimizer("sgd", lr=0.1, weight_decay=0.0, momentum=0.0, clip=CLIP)

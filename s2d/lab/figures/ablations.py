@@ -1,4 +1,4 @@
-"""Notebook 06: one setting at a time, and a cached penalty growing old."""
+"""Notebook 11: one setting at a time, and a cached penalty growing old."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notebook 02: how tight the bound is, and which layers PCDR names."""
+"""Notebook 03: how tight the bound is, and which layers PCDR names."""
 
 from __future__ import annotations
 

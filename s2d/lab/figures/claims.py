@@ -1,4 +1,4 @@
-"""Notebook 08: ours beside the paper's."""
+"""Notebook 90: ours beside the paper's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notebook 05: where outliers come from, and what grows with them."""
+"""Notebook 10: where outliers come from, and what grows with them."""
 
 from __future__ import annotations
 

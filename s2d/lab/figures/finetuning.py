@@ -1,4 +1,4 @@
-"""Notebook 03: spectra and layers after each kind of fine-tuning."""
+"""Notebook 04: spectra and layers after each kind of fine-tuning."""
 
 from __future__ import annotations
 

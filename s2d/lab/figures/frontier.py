@@ -1,4 +1,4 @@
-"""Notebook 07: every arm in full precision and at low bits, and what tells them apart."""
+"""Notebook 12: every arm in full precision and at low bits, and what tells them apart."""
 
 from __future__ import annotations
 

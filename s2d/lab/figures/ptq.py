@@ -1,4 +1,4 @@
-"""Notebook 04: every checkpoint under every method."""
+"""Notebook 05: every checkpoint under every method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notebook 09: the outliers of networks that somebody else trained, and what conditioning does to them."""
+"""Notebook 20: the outliers of networks that somebody else trained, and what conditioning does to them."""
 
 from __future__ import annotations
 

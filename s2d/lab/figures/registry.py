@@ -135,7 +135,7 @@ def index() -> str:
 _INTRODUCTION = """\
 # Figures
 
-Drawn by [`notebooks/08_figures.ipynb`](../notebooks/08_figures.ipynb) from tables alone (`make figures`), one folder a
+Drawn by [`notebooks/90_figures.ipynb`](../notebooks/90_figures.ipynb) from tables alone (`make figures`), one folder a
 scale. Each SVG and PNG carries the SHA-256 of its tables in its metadata (`Description`); the JSON beside a table in
 `data/` says how that was made. This list is written by the same notebook, from the functions in `s2d/lab/figures/`.
 
