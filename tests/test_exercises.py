@@ -58,9 +58,11 @@ def verdicts(path: Path) -> list[str]:
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_the_solution_of_an_exercise_is_right(exercise: dict, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
+    monkeypatch.setenv("S2D_WORKERS", "1")
     notebook = ROOT / "notebooks" / f"{exercise['notebook']}.ipynb"
     answers = exercise["answers"]
-    changed = exercise["change"] | {"answers": answers, "run": "mine"}
+    scale = ROOT / "notebooks" / "params" / exercise.get("scale", "laptop") / f"{exercise['notebook']}.yaml"
+    changed = (yaml.safe_load(scale.read_text()) or {}) | exercise["change"] | {"answers": answers, "run": "mine"}
     said = verdicts(run_notebook(notebook, tmp_path / "done.ipynb", changed))
     assert len(said) == len(answers)
     for line, answer in zip(said, answers, strict=True):

@@ -17,8 +17,8 @@ from pathlib import Path
 PROJECT = "s2d"
 PACKAGE = Path(__file__).resolve().parents[1]
 
-DRAWING = ("s2d.lab.figures",)
-"""What no table depends on, though notebooks import it to show what they measure."""
+DRAWING = ("s2d.lab.figures", "s2d.lab.moving", "s2d.lab.exercises")
+"""What no table depends on, though notebooks import it to show what they measure or to check an answer."""
 
 
 # --- code -------------------------------------------------------------------------------------------------------------

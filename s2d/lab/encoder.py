@@ -589,26 +589,51 @@ def run(
     known = set(known_rows(stage).key)
     missing = {network_key(recipe): recipe for _, recipe in wanted(stage, variants, seeds, device)}
     missing = {key: recipe for key, recipe in missing.items() if key not in known}
-    if missing:
-        parallel.run(
-            measure,
-            [(recipe, stage) for recipe in missing.values()],
-            names=[f"{stage} of the recipe {key}, seed {recipe.seed}" for key, recipe in missing.items()],
-            workers=min(parallel.worker_count(workers), len(missing)),
-            unit="network",
-            label=stage,
-        )
+    try:
+        if missing:
+            parallel.run(
+                measure,
+                [(recipe, stage) for recipe in missing.values()],
+                names=[f"{stage} of the recipe {key}, seed {recipe.seed}" for key, recipe in missing.items()],
+                workers=min(parallel.worker_count(workers), len(missing)),
+                unit="network",
+                label=stage,
+            )
+    finally:  # also what a run that was interrupted has measured
+        rows = save_measured(stage, seeds)
+    return rows
+
+
+def save_measured(stage: str, seeds: Sequence[int] = ()) -> pd.DataFrame:
+    """Write the table of what was measured so far.
+
+    Args:
+        stage: a key of ``STAGES``.
+        seeds: beside the stage's own.
+
+    Returns:
+        The table; without rows where nothing was measured, and then nothing is written.
+    """
     measured = set(known_rows(stage).key)
-    every_seed = sorted({*STAGES[stage].seeds, *seeds})
-    told = VARIANTS if stage == "tuning" else [variant for variant in VARIANTS if variant in best_settings()]
-    jobs = [job for job in wanted(stage, told, every_seed) if network_key(job[1]) in measured]
-    parameters = {"steps": STEPS, "batch_size": BATCH_SIZE, "seeds": every_seed}
-    source = provenance("s2d.lab.encoder", parameters)
+    seeds = sorted({*STAGES[stage].seeds, *seeds})
+    best = best_settings()
+    told = [
+        variant for variant in VARIANTS if variant in best or (stage == "tuning" and (best or "lr" in _tried(variant)))
+    ]
+    jobs = [job for job in wanted(stage, told, seeds) if network_key(job[1]) in measured]
     rows = table_of(stage, jobs)
+    if rows.empty:
+        return rows
+    source = provenance("s2d.lab.encoder", {"steps": STEPS, "batch_size": BATCH_SIZE, "seeds": seeds})
     save_table(rows, stage, run=RUN, source=source)
     if stage == "evidence":
         save_table(table_of("layers", jobs), "layers", run=RUN, source=source)
     return rows
+
+
+def _tried(variant: str) -> Mapping[str, float]:
+    """The names of what the search tries of a variant."""
+    return GRID[variant][0] if variant in GRID else {}
 
 
 def tuning_table(rows: pd.DataFrame) -> pd.DataFrame:

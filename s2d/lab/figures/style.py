@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from s2d.files import write_atomically
 from s2d.lab.paths import output_root
 from s2d.lab.results import table_digests
+from s2d.ptq import parse_bits
 
 # One colour a variant, in every figure; distinguishable with colour-blind eyes and in print.
 COLOURS = {
@@ -54,7 +55,6 @@ MARKERS = {
     "Spectral-norm cap": "s",
     "S2D, the paper's lam and tau": "d",
 }
-BIT_ORDER = ["FP", "W8A8", "W6A6", "W5A5", "W4A4", "W3A3"]
 
 
 def use_style() -> None:
@@ -207,10 +207,10 @@ def bit_widths(table: pd.DataFrame) -> list[str]:
     """The bit widths of a table, from full precision to the lowest.
 
     Example:
-        >>> bit_widths(pd.DataFrame({"bits": ["W4A4", "FP", "W4A4"]}))
-        ['FP', 'W4A4']
+        >>> bit_widths(pd.DataFrame({"bits": ["W4A4", "FP", "W8A4", "W4A4", "W4A8"]}))
+        ['FP', 'W8A4', 'W4A8', 'W4A4']
     """
-    return [name for name in BIT_ORDER if name in set(table.bits)]
+    return sorted(dict.fromkeys(table.bits), key=lambda name: -sum(parse_bits(name)))
 
 
 def listed(values: pd.Series | Mapping[str, float], form: str = "{:.1f}") -> str:

@@ -1,4 +1,4 @@
-"""Notebooks 00 and 02: a matrix, an activation and a grid small enough to check by eye."""
+"""Pictures that stay: a matrix, an activation and a grid small enough to check by eye (notebooks 00 and 02)."""
 
 from __future__ import annotations
 
