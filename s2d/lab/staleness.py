@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -20,6 +20,7 @@ from torch import nn
 from s2d.lab.quantization import over_checkpoints
 from s2d.lab.recipes import CLIP, FINETUNE_LR, INTERVENTIONS, RECIPE_WEIGHT_DECAY
 from s2d.lab.store import Trained, obtain
+from s2d.lab.study import Study
 from s2d.lab.training import Optimizer, Recipe
 from s2d.regularizer import SelectiveSpectralDecay
 
@@ -92,6 +93,25 @@ def staleness_table(
     starts = list(zip(obtain([recipe.start for recipe in recipes]), recipes, strict=True))
     work = partial(_rows, modes=modes, steps=steps, refresh_every=refresh_every, every=every)
     return over_checkpoints(work, {name: starts for name in modes})
+
+
+def interval_tables(study: Study, recipes: Sequence[Recipe], **options: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """:func:`staleness_table` in two: how the cached penalty ages, and what it does to the coefficients.
+
+    Where the study reads its tables instead of measuring, these are read too: following takes minutes.
+
+    Args:
+        study: whose tables these are.
+        recipes, **options: of :func:`staleness_table`.
+
+    Returns:
+        The tables ``staleness`` and ``overshoot``.
+    """
+    followed = cache(lambda: staleness_table(recipes, **options))
+    keys = ["mode", "seed", "step", "age", "layer"]
+    columns = {"staleness": ["cosine"], "overshoot": ["sigma_1", "coefficient"]}
+    aged, moved = (study.table(name, lambda _, own=own: followed()[keys + own]) for name, own in columns.items())
+    return aged, moved
 
 
 def _rows(name: str, start: tuple[Trained, Recipe], *, modes: Mapping[str, Mode], **options: int) -> list[dict]:
