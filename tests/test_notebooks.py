@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -75,3 +77,12 @@ def test_committed_figures_are_those_the_batch_draws():
     figures = ROOT / "figures" / "laptop"
     expected = {f"{name}.{kind}" for name in published_figures() for kind in ("svg", "png")}
     assert {path.name for path in figures.iterdir()} == expected
+
+
+@pytest.mark.parametrize("place", range(len(NOTEBOOKS)), ids=lambda place: NOTEBOOKS[place].stem)
+def test_every_notebook_leads_to_the_one_before_the_next_and_the_guides(place):
+    last = nbformat.read(NOTEBOOKS[place], as_version=4).cells[-1]
+    linked = set(re.findall(r"\]\(([^)#]+)", last.source))
+    around = NOTEBOOKS[max(place - 1, 0) : place] + NOTEBOOKS[place + 1 : place + 2]
+    assert linked == {path.name for path in around} | {"../README.md", "../docs/on_your_model.md"}
+    assert all((ROOT / "notebooks" / target).exists() for target in linked)
