@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from html import escape, unescape
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from s2d.command import condition, diagnose, main
+from s2d.command import condition, diagnose, main, outcome
 from s2d.diagnosis import diagnose as by_hand
 
 ARCH = "vit_tiny_patch16_224"
@@ -176,18 +179,42 @@ CONDITION = ["condition", *MODEL, "--data", "train.safetensors", *SHORT]
 
 
 def test_condition_writes_an_ordinary_checkpoint_with_less_of_an_outlier(here: Path, capsys) -> None:
-    assert main([*CONDITION, "-o", "out", "--test", "test.safetensors", "--json", "report.json"]) == 0
+    pages = ["--json", "report.json", "--html", "page.html"]
+    assert main([*CONDITION, "-o", "out", "--test", "test.safetensors", *pages]) == 0
     out = capsys.readouterr().out
     report = json.loads(Path("report.json").read_text())
     assert report == json.loads(Path("out/report.json").read_text())
     assert report["after"]["max_abs"] < 0.9 * report["before"]["max_abs"] and report["within_budget"]
     assert report["test"]["items"] == 20 and report["test"]["fidelity"] > 0.98
     assert f"{report['after']['max_abs']:.4g}" in out and set(report["rtn_error"]["after"]) == {"W6A6"}
+    page = Path("page.html").read_text()
+    assert all(escape(sentence) in page for sentence in outcome.findings(report))
+    assert (
+        page.count("data:image/png") == 2 == page.count("<img alt='")
+        and "s2d diagnose out/model.safetensors --arch" in page
+    )
+    words = shlex.split(unescape(re.search(r"<pre>s2d (diagnose [^<]*)</pre>", page)[1]))
+    assert main(words) == 0 and Path("letter.html").exists()
+    capsys.readouterr()
+    assert page.count("<tr") == 1 + 2 + 1 + 1 + len(report["looks"])
     model = network()
     model.load_state_dict(load_file("out/model.safetensors"))
     assert not list(here.glob(".out*"))
     arguments = ["out/model.safetensors", *OPTIONS, "--calibration", "train.safetensors", "--images", "8"]
     assert main(["quantize", *arguments, "--test", "test.safetensors"]) == 0
+
+
+def test_the_outcome_says_what_became_better_worse_or_neither() -> None:
+    look = {"max_abs": 9.0, "layer": "fc2", "sigma_1": 3.0, "fidelity": 1.0, "step": 0}
+    report = {"before": look, "after": look | {"max_abs": 3.0}, "settings": {"fidelity": 0.98}, "on_target": False}
+    report |= {"within_budget": False, "test": {"items": 8, "data": "x", "fidelity": 0.9}}
+    errors = {"before": {"W8A8": 0.1, "W6A6": 0.4, "W4A4": 1.0}}
+    report["rtn_error"] = errors | {"after": {"W8A8": 0.1, "W6A6": 0.2, "W4A4": 1.3}}
+    said = " ".join(outcome.findings(report))
+    assert "from 9 (fc2) to 3 (fc2)" in said and "target was not reached" in said and "No look kept" in said
+    assert "smaller at W6A6 and larger at W4A4 than it was" in said
+    same = outcome.findings(report | {"rtn_error": errors | {"after": errors["before"]}})
+    assert "about what it was" in same[-1]
 
 
 def test_condition_goes_on_where_it_was_cut_off(here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

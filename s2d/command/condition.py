@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.command.data import open_data
+from s2d.command.outcome import write_outcome
 from s2d.console import exit_code, say
 from s2d.files import can_write, write_folder_atomically, write_text
 from s2d.models.conditioning import (
@@ -82,6 +84,7 @@ def parser() -> Parser:
     found.add_argument("--test", metavar="DATA", help="for the comparison (default: the items for looks)")
     found.add_argument("--test-images", type=whole, default=128, metavar="N", help="test items (default: 128)")
     found.add_argument("--bits", default="W8A8,W6A6,W4A4", help="RTN before and after (default: W8A8,W6A6,W4A4)")
+    found.add_argument("--html", type=Path, metavar="FILE", help="where to write a report with figures")
     add_run_arguments(found, batch_size=16)
     return found
 
@@ -101,6 +104,8 @@ def _run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in names} | {"least_fidelity": args.fidelity}
     checked_settings(**settings)
     need("safetensors.torch", "saving the result")
+    if args.html is not None:
+        need("matplotlib", "--html")
     _check_output(args)
     asked, source = args.model, model_source(args)
     torch.manual_seed(args.seed)
@@ -149,12 +154,26 @@ def _run(args: argparse.Namespace) -> None:
         say(f"warning: no look keeps a cosine of {args.fidelity}: lower --lam or --lr, or give more --steps")
     if args.json is not None:
         write_text(args.json, json.dumps(report, indent=1) + "\n")
+    if args.html is not None:
+        write_outcome(args.html, report, _again(subject, source, args))
+        say(f"written: {args.html}")
+
+
+def _again(subject: Subject, source: str, args: argparse.Namespace) -> str | None:
+    """How the commands name the result, where they can load it."""
+    if subject.folder is not None:
+        return shlex.quote(str(args.output))
+    if source in ("onnx", "open_clip"):
+        return None
+    words = [str(args.output / "model.safetensors"), "--arch", args.arch or args.model]
+    words += ["--model-options", json.dumps(args.model_options)] if args.model_options else []
+    return shlex.join(words)
 
 
 def _check_output(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"-o {args.output} exists: give another folder, or --overwrite")
-    for option, path in (("-o", args.output), ("--json", args.json)):
+    for option, path in (("-o", args.output), ("--json", args.json), ("--html", args.html)):
         if path is not None and not can_write(path, folder=option == "-o"):
             raise ValueError(f"{option} {path} cannot be written: give one in a folder that exists and takes files")
 

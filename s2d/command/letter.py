@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from s2d.command.page import picture, table, write_page
 from s2d.diagnosis import OUTLIER_KURTOSIS, LayerDiagnosis
-from s2d.files import write_text
 from s2d.packages import need
 
 COLOURS = {"spectral": "#d1495b", "not spectral": "#c98a16", "no outliers": "#7a8a99"}
@@ -19,15 +17,6 @@ LEGEND = {
     "not spectral": "outliers that S2D leaves alone",
     "no outliers": "no outliers",
 }
-STYLE = """
-body { font: 16px/1.55 Georgia, serif; color: #222; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
-h1, h2 { font-weight: 600; line-height: 1.25; } h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-p.about { color: #666; } img { width: 100%; height: auto; margin: .4rem 0 1rem; }
-pre { background: #f4f4f2; padding: .7rem .9rem; overflow-x: auto; font-size: .85rem; }
-div.wide { overflow-x: auto; } table { border-collapse: collapse; font: .78rem/1.5 system-ui, sans-serif; }
-td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e0; white-space: nowrap; }
-td:first-child, th:first-child { text-align: left; } dt { font-weight: 600; } dd { margin: 0 0 .5rem 1.2rem; }
-"""
 TERMS = {
     "largest, over rms": "the largest absolute output (without bias), and that over the layer's root mean square",
     "kurtosis": f"excess kurtosis of all outputs; 0 for a normal distribution, outliers from {OUTLIER_KURTOSIS:.0f} on",
@@ -67,29 +56,19 @@ def write_letter(
     about = f"{result['items']} items of {result['data']}; PCDR threshold {result['tau']:g}; seed {result['seed']}."
     if result["unreadable"]:
         about += f" {len(result['unreadable'])} files could not be read: {', '.join(result['unreadable'])}."
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-    body = "".join(
-        f'<tr style="color: {COLOURS[row.finding] if row.has_outliers else "inherit"}">'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells(row))
-        + "</tr>\n"
-        for row in rows
-    )
-    pages = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Diagnosis of {escape(result['model'])}</title><style>{STYLE}</style></head><body>",
-        f"<h1>Diagnosis of {escape(result['model'])}</h1><p class='about'>{escape(about)}</p>",
+    parts = [
         "<h2>Findings</h2>" + "".join(f"<p>{escape(sentence)}</p>" for sentence in summary),
-        f"<img alt='largest activation of each layer' src='{_picture(_largest, rows)}'>",
+        picture("largest activation of each layer", lambda figure: _largest(figure, rows)),
     ]
     if any(row.has_outliers for row in rows):
-        pages.append(f"<h2>Why</h2><p>{escape(_why(rows))}</p>")
-        pages.append(f"<img alt='PCDR and tightness' src='{_picture(_causes, rows)}'>")
-    pages.append("<h2>What to do</h2>")
-    pages += [f"<p>{escape(reason)}</p><pre>{escape(command)}</pre>" for reason, command in advice]
-    pages.append(f"<h2>All layers</h2><div class='wide'><table><tr>{head}</tr>\n{body}</table></div><dl>")
-    pages += [f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in TERMS.items()]
-    write_text(path, "\n".join([*pages, "</dl></body></html>\n"]))
+        parts.append(f"<h2>Why</h2><p>{escape(_why(rows))}</p>")
+        parts.append(picture("PCDR and tightness", lambda figure: _causes(figure, rows)))
+    parts.append("<h2>What to do</h2>")
+    parts += [f"<p>{escape(reason)}</p><pre>{escape(command)}</pre>" for reason, command in advice]
+    colours = [COLOURS[row.finding] if row.has_outliers else "inherit" for row in rows]
+    parts.append("<h2>All layers</h2>" + table(COLUMNS, [cells(row) for row in rows], colours) + "<dl>")
+    parts += [f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in TERMS.items()]
+    write_page(path, f"Diagnosis of {result['model']}", about, [*parts, "</dl>"])
 
 
 def _why(rows: Sequence[LayerDiagnosis]) -> str:
@@ -111,15 +90,6 @@ def _why(rows: Sequence[LayerDiagnosis]) -> str:
     )
 
 
-def _picture(draw: Any, rows: Sequence[LayerDiagnosis]) -> str:
-    figures = need("matplotlib.figure", "--html")
-    figure = figures.Figure(figsize=(11, 3.6), dpi=130, layout="constrained")
-    draw(figure, rows)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
 def _largest(figure: Any, rows: Sequence[LayerDiagnosis]) -> None:
     axes = figure.add_subplot()
     axes.bar(range(len(rows)), [row.max_abs for row in rows], color=[COLOURS[row.finding] for row in rows], width=0.8)
@@ -130,7 +100,6 @@ def _largest(figure: Any, rows: Sequence[LayerDiagnosis]) -> None:
     tall = sorted(range(len(rows)), key=lambda i: -rows[i].max_abs)[:6]
     axes.set_xticks(sorted(tall), [_short(rows[i].layer) for i in sorted(tall)], rotation=20, ha="right", fontsize=8)
     axes.margins(x=0.01)
-    axes.spines[["top", "right"]].set_visible(False)
     patches = need("matplotlib.patches", "--html")
     shown = [finding for finding in COLOURS if any(row.finding == finding for row in rows)]
     axes.legend(handles=[patches.Patch(color=COLOURS[f], label=LEGEND[f]) for f in shown], frameon=False, fontsize=8)
@@ -151,8 +120,6 @@ def _causes(figure: Any, rows: Sequence[LayerDiagnosis]) -> None:
     left.set_title("How far the top components make the outliers", loc="left", fontsize=10)
     right.set(xlabel="energy of u_1 on the outlier channel", ylabel="tightness", xlim=(-0.03, 1.03), ylim=(0, 1.03))
     right.set_title("Whether sigma_1 bounds them tightly", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
     for place, row in enumerate(sorted((row for row in rows if row.has_outliers), key=lambda row: -row.max_abs)[:4]):
         to_the_left = row.on_u1 > 0.7
         right.annotate(
