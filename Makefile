@@ -69,7 +69,10 @@ test-kernels-%: $(VENV)/installed
 	  OMP_WAIT_POLICY=PASSIVE \
 	  $(PY) -m pytest -n $$(( ($(CORES) + $(threads) - 1) / $(threads) )) --dist loadfile -q $(NUMERIC:%=tests/test_%.py)
 
-notebooks: $(NOTEBOOKS:notebooks/%.ipynb=build/nbval/%) ## nbval on every notebook that changed since it last passed
+# The longest first, so that no core waits for it in the end.
+LONGEST := $(patsubst %,notebooks/%.ipynb,05_ptq_evaluation 01_outlier_origins)
+
+notebooks: $(patsubst notebooks/%.ipynb,build/nbval/%,$(LONGEST) $(filter-out $(LONGEST),$(NOTEBOOKS))) ## nbval on every notebook that changed since it last passed
 
 build/nbval/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
 	@mkdir -p $(@D)
