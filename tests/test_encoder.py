@@ -250,6 +250,18 @@ def test_the_whole_study_takes_what_the_search_chose(small, capsys) -> None:
         encoder.main(["all", "--seeds", "2"])
 
 
+def test_no_setting_is_taken_from_a_search_that_is_not_finished(small, capsys) -> None:
+    encoder.main(["tune", "--variants", "AdamW"])
+    capsys.readouterr()
+    assert encoder.searched() == {"AdamW", encoder.TUNED_RATE, *encoder.UNTUNED}
+    for arguments in (["evidence"], ["ablations"], ["staleness"]):
+        with pytest.raises(SystemExit):
+            encoder.main(arguments)
+        assert "the search is not finished for S2D" in capsys.readouterr().err
+    encoder.main(["evidence", "--variants", "AdamW"])
+    assert set(pd.read_csv(small / "evidence.csv").variant) == {"AdamW", encoder.TUNED_RATE}
+
+
 def test_training_that_diverges_is_the_worst_setting(small, monkeypatch) -> None:
     grid = {"AdamW": ({"lr": 1e-3}, {"lr": 1e10})}
     monkeypatch.setattr(encoder, "GRID", grid)

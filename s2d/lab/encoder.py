@@ -386,9 +386,8 @@ def run_staleness(workers: int | None = None, device: str = "cpu") -> pd.DataFra
         FileNotFoundError, ValueError: see :func:`run`.
     """
     encoder_folder(SentenceEncoder().encoder), glosses()
+    check_searched(["AdamW", "S2D", S2D_DECOUPLED])
     best = best_settings()
-    if missing := [variant for variant in ("S2D", S2D_DECOUPLED) if variant not in best]:
-        raise ValueError(f"{missing[0]} has no lam yet: run python -m s2d.lab.encoder tune")
     modes = {
         "no penalty": Mode(0.0),
         AS_PRINTED: Mode(UNTUNED[AS_PRINTED]["lam"]),
@@ -523,6 +522,27 @@ def best_settings() -> dict[str, dict[str, float]]:
     return chosen_settings(table_of("tuning", tuning_jobs(list(GRID), seeds, rates["AdamW"])))
 
 
+def searched() -> set[str]:
+    """The variants of which every setting was tried on every tuning seed; only these have a winner."""
+    best = best_settings()
+    if "AdamW" not in best:
+        return set()
+    known, seeds = set(known_rows("tuning").key), STAGES["tuning"].seeds
+    jobs = {variant: tuning_jobs([variant], seeds, best["AdamW"]) for variant in GRID}
+    found = {variant for variant, tried in jobs.items() if all(network_key(recipe) in known for _, recipe in tried)}
+    return found | set(UNTUNED) if "AdamW" in found else set()
+
+
+def check_searched(variants: Sequence[str]) -> None:
+    """ValueError where the search of a variant is not finished: its setting would be chosen among too few."""
+    done = searched()
+    if lacking := [variant for variant in variants if variant not in done]:
+        raise ValueError(
+            f"the search is not finished for {'; '.join(lacking)}: run python -m s2d.lab.encoder tune first, or name "
+            "others with --variants"
+        )
+
+
 def wanted(stage: str, variants: Sequence[str], seeds: Sequence[int], device: str = "cpu") -> Jobs:
     """Labels and recipe of every network of a stage, in the order of the table.
 
@@ -584,6 +604,8 @@ def run(
     """
     encoder_folder(SentenceEncoder().encoder), glosses()
     seeds = tuple(seeds) or STAGES[stage].seeds
+    if stage != "tuning":
+        check_searched([variant for variant in variants if stage == "evidence" or variant in FORMS])
     if stage == "tuning" and set(variants) - {"AdamW"} and "AdamW" in variants:
         run(stage, ["AdamW"], seeds, workers=workers, device=device)  # the others take its learning rate
     known = set(known_rows(stage).key)
@@ -616,10 +638,12 @@ def save_measured(stage: str, seeds: Sequence[int] = ()) -> pd.DataFrame:
     """
     measured = set(known_rows(stage).key)
     seeds = sorted({*STAGES[stage].seeds, *seeds})
-    best = best_settings()
-    told = [
-        variant for variant in VARIANTS if variant in best or (stage == "tuning" and (best or "lr" in _tried(variant)))
-    ]
+    if stage == "tuning":
+        rate = "AdamW" in best_settings()
+        told = [variant for variant in VARIANTS if rate or "lr" in _tried(variant)]
+    else:
+        done = searched()
+        told = [variant for variant in VARIANTS if variant in done]
     jobs = [job for job in wanted(stage, told, seeds) if network_key(job[1]) in measured]
     rows = table_of(stage, jobs)
     if rows.empty:
