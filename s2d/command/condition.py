@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.command.data import open_data
-from s2d.command.outcome import write_outcome
+from s2d.command.outcome import before_and_after, write_outcome
 from s2d.console import exit_code, say
 from s2d.files import can_write, write_folder_atomically, write_text
 from s2d.models.conditioning import (
@@ -286,18 +286,13 @@ def _report(
 
 def table(report: dict[str, Any]) -> str:
     """Before and after, one line a fact."""
-    before, after, errors = report["before"], report["after"], report["rtn_error"]
-    rows = [("", "before", "after")]
-    rows.append(("largest activation", f"{before['max_abs']:.4g}", f"{after['max_abs']:.4g}"))
-    rows.append(("largest sigma_1", f"{before['sigma_1']:.4g}", f"{after['sigma_1']:.4g}"))
-    rows.append((f"cosine, {report['test']['items']} test items", "1", f"{report['test']['fidelity']:.4f}"))
-    rows += [
-        (f"RTN {bits}, relative error", f"{e:.3f}", f"{errors['after'][bits]:.3f}")
-        for bits, e in errors["before"].items()
-    ]
+    rows = [("", "before", "after"), *before_and_after(report)]
+    rows.insert(3, (f"cosine, {report['test']['items']} test items", "1", f"{report['test']['fidelity']:.4f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{name:{widths[0]}}  {one:>{widths[1]}}  {two:>{widths[2]}}" for name, one, two in rows]
-    return "\n".join([*lines, f"the weights are those of step {after['step']} of {report['settings']['steps']}"])
+    return "\n".join(
+        [*lines, f"the weights are those of step {report['after']['step']} of {report['settings']['steps']}"]
+    )
 
 
 def _save(subject: Subject, source: str, args: argparse.Namespace, report: dict[str, Any]) -> None:

@@ -12,6 +12,23 @@ BEFORE, AFTER, LINE = "#7a8a99", "#00798c", "#d1495b"
 ENOUGH = 0.9  # of the error before: less of a change is not called one
 
 
+def before_and_after(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What is measured of both networks: a name and two numbers each.
+
+    Args:
+        report: see :func:`findings`.
+
+    Paper: none
+    """
+    before, after, errors = report["before"], report["after"], report["rtn_error"]
+    outliers = (("largest activation", "max_abs"), ("largest sigma_1", "sigma_1"))
+    rows = [(name, f"{before[key]:.4g}", f"{after[key]:.4g}") for name, key in outliers]
+    return rows + [
+        (f"RTN {bits}, relative error", f"{error:.3f}", f"{errors['after'][bits]:.3f}")
+        for bits, error in errors["before"].items()
+    ]
+
+
 def findings(report: dict[str, Any]) -> list[str]:
     """What is to be said about a report, a sentence each.
 
@@ -65,12 +82,6 @@ def write_outcome(path: Path, report: dict[str, Any], again: str | None) -> None
     settings, errors = report["settings"], report["rtn_error"]
     told = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, [], False))
     about = f"Trained on {report['data']}; {told}. The weights are those of step {report['after']['step']}."
-    rows = [(f"RTN {bits}, relative error", f"{e:.3f}", f"{errors['after'][bits]:.3f}")
-            for bits, e in errors["before"].items()]  # fmt: skip
-    rows = [
-        (name, f"{report['before'][key]:.4g}", f"{report['after'][key]:.4g}")
-        for name, key in (("largest activation", "max_abs"), ("largest sigma_1", "sigma_1"))
-    ] + rows
     looks = [
         (
             str(look["step"]),
@@ -81,20 +92,21 @@ def write_outcome(path: Path, report: dict[str, Any], again: str | None) -> None
         )
         for look in report["looks"]
     ]
-    quantize = f"s2d quantize {again} --calibration {report['data']} --method repq_vit --w-bits 6 --a-bits 6"
-    commands = [
-        ("Look at what is left:", f"s2d diagnose {again} --data {report['data']} --html letter.html"),
-        ("Quantize it:", quantize),
-    ]
-    commands = [] if again is None else commands
+    commands = {}
+    if again is not None:
+        commands = {
+            "Look at what is left:": f"s2d diagnose {again} --data {report['data']} --html letter.html",
+            "Quantize it:": f"s2d quantize {again} --calibration {report['data']} --method repq_vit --w-bits 6 "
+            "--a-bits 6",
+        }
     parts = [
         "<h2>What became of it</h2>" + "".join(f"<p>{escape(sentence)}</p>" for sentence in findings(report)),
-        table(("", "before", "after"), rows),
+        table(("", "before", "after"), before_and_after(report)),
         "<h2>The way there</h2>",
         picture("largest activation and cosine over the steps", lambda figure: _way(figure, report)),
         picture("error of round-to-nearest before and after", lambda figure: _errors(figure, errors)),
         "<h2>What to do next</h2>" if commands else "",
-        *(f"<p>{escape(reason)}</p><pre>{escape(command)}</pre>" for reason, command in commands),
+        *(f"<p>{escape(reason)}</p><pre>{escape(command)}</pre>" for reason, command in commands.items()),
         "<h2>Every look</h2>",
         table(("step", "largest activation", "in", "largest sigma_1", "cosine"), looks),
     ]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from s2d.files import write_text
 from s2d.lab import parallel
-from s2d.lab.evaluate import gather_outliers
+from s2d.lab.evaluate import statistics_of
 from s2d.lab.glosses import Glosses, glosses
 from s2d.lab.identity import recipe_key
 from s2d.lab.paths import output_root, repository_root
@@ -45,10 +45,7 @@ from s2d.lab.store import Trained, find, train_and_store
 from s2d.lab.training import Recipe
 from s2d.lab.winners import SETTING_COLUMNS, winners
 from s2d.layers import linear_maps
-from s2d.outliers import watch_activations
-from s2d.pcdr import activation_pcdr
 from s2d.ptq import parse_bits, quantize, quantize_each
-from s2d.spectral import top_singular_triplets
 
 RUN = "encoder"
 STEPS = 300
@@ -184,7 +181,9 @@ def encoder_finetuning(
     )
 
 
-def encoder_ablation(variant: str, group: str, setting: str, seed: int, settings: Mapping[str, float], **options):
+def encoder_ablation(
+    variant: str, group: str, setting: str, seed: int, settings: Mapping[str, float], **options
+) -> Recipe:
     """Fine-tuning with a form of S2D in which one setting differs.
 
     Args:
@@ -244,22 +243,20 @@ def rows_of(trained: Trained, stage: Stage) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def layer_rows(trained: Trained, *, items: int = 256, k_max: int = 3) -> list[dict[str, Any]]:
+def layer_rows(trained: Trained, *, items: int = 256) -> pd.DataFrame:
     """Table 7 in shape: each FFN's two layers, what they put out and what a quantizer of their input has to span.
 
     Args:
         trained: a fine-tuned encoder.
         items: calibration glosses shown.
-        k_max: singular values, and PCDR_1 to PCDR_k_max at the 16 largest outputs, that are given.
 
     Returns:
-        Rows with layer, max_abs and excess_kurtosis (of the output without bias), input_ratio (largest input over the
-        root mean square), sigma_1.., pcdr_1...
+        The columns of :func:`s2d.lab.evaluate.layer_statistics`, and input_ratio (largest input over the root mean
+        square).
     """
     device = trained.recipe.device
     model = trained.model().to(device)
     x = trained.recipe.data.fixed_set("calibration", items)[0].to(device)
-    layers = {name: linear for name, linear in linear_maps(model).items() if "attention" not in name and name != "head"}
     ratios: dict[str, float] = {}
 
     def seen(name: str, value: Tensor) -> None:
@@ -267,22 +264,15 @@ def layer_rows(trained: Trained, *, items: int = 256, k_max: int = 3) -> list[di
 
     hooks = [
         linear.module.register_forward_pre_hook(lambda _, inputs, name=name: seen(name, inputs[0]))
-        for name, linear in layers.items()
+        for name, linear in linear_maps(model).items()
     ]
-    with watch_activations({name: linear.module for name, linear in layers.items()}) as watched:
-        outliers = gather_outliers(model, x)
-    for hook in hooks:
-        hook.remove()
-    rows = []
-    for name, linear in layers.items():
-        weight, found = linear.matrix(), outliers[name]
-        triplets = top_singular_triplets(weight, k_max)
-        shares = activation_pcdr(weight, found.x, found.neuron, k_max=k_max, triplets=triplets).mean(0)
-        row = {"layer": name, "max_abs": found.magnitude[0].item()}
-        row |= {"excess_kurtosis": watched[name].summary().excess_kurtosis, "input_ratio": ratios[name]}
-        row |= {f"sigma_{k}": value for k, value in enumerate(triplets.s.tolist(), start=1)}
-        rows.append(row | {f"pcdr_{k}": value for k, value in enumerate(shares.tolist(), start=1)})
-    return rows
+    try:
+        table = statistics_of(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    table = table[~table.layer.str.contains("attention") & (table.layer != "head")].reset_index(drop=True)
+    return table.assign(input_ratio=table.layer.map(ratios))
 
 
 # --- all of them, resumed where they were -----------------------------------------------------------------------------
@@ -325,6 +315,15 @@ def hardware(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device.upper()
 
 
+def _measure_missing(
+    work: Callable[..., None], jobs: Mapping[str, tuple], workers: int | None, *, unit: str, label: str
+) -> None:
+    """Do the jobs, by their names, in worker processes; none starts where there is nothing to do."""
+    if jobs:
+        count = min(parallel.worker_count(workers), len(jobs))
+        parallel.run(work, list(jobs.values()), names=list(jobs), workers=count, unit=unit, label=label)
+
+
 def measure(recipe: Recipe, stage: str) -> None:
     """Train one network and leave its rows on disk; called in a worker process.
 
@@ -349,7 +348,7 @@ def measure(recipe: Recipe, stage: str) -> None:
             return
         trained = find(recipe)
     if stage == "evidence":
-        layers = pd.DataFrame(layer_rows(trained)).assign(**same)
+        layers = layer_rows(trained).assign(**same)
         write_text(_row_file(same["key"], "layers"), layers.to_csv(index=False))
     rows = pd.DataFrame(rows_of(trained, STAGES[stage])).assign(**same)
     write_text(_row_file(same["key"], stage), rows.to_csv(index=False))
@@ -402,15 +401,7 @@ def run_staleness(workers: int | None = None, device: str = "cpu") -> pd.DataFra
     keys = [f"{name} {recipe.seed}" for name, _, recipe in jobs]
     known = set(known_rows("staleness").key)
     missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in known}
-    if missing:
-        parallel.run(
-            measure_staleness,
-            list(missing.values()),
-            names=list(missing),
-            workers=min(parallel.worker_count(workers), len(missing)),
-            unit="run",
-            label="staleness",
-        )
+    _measure_missing(measure_staleness, missing, workers, unit="run", label="staleness")
     rows = known_rows("staleness")
     rows = rows[rows.key.isin(keys)].sort_values(["mode", "seed", "step"], kind="stable", key=_by_place(list(modes)))
     rows = rows[["mode", "seed", *[name for name in rows.columns if name not in ("mode", "seed")]]]
@@ -462,16 +453,8 @@ def run_published(workers: int | None = None) -> pd.DataFrame:
     jobs = [(name, kind, bits) for name in AS_PUBLISHED for kind in GRANULARITIES for bits in PUBLISHED_BITS]
     known = known_rows("quantizers")
     done = set(zip(known.method, known.key, known.bits, strict=True))
-    missing = [job for job in jobs if job not in done]
-    if missing:
-        parallel.run(
-            measure_published,
-            missing,
-            names=[" ".join(job) for job in missing],
-            workers=min(parallel.worker_count(workers), len(missing)),
-            unit="quantizer",
-            label="quantizers",
-        )
+    missing = {" ".join(job): job for job in jobs if job not in done}
+    _measure_missing(measure_published, missing, workers, unit="quantizer", label="quantizers")
     rows = known_rows("quantizers").set_index(["method", "key", "bits"]).loc[jobs].reset_index()
     rows = rows[["method", "activations", "bits", "items", "error", "key"]]
     parameters = {"calibration": CALIBRATION, "items": PUBLISHED_TEST}
@@ -609,18 +592,14 @@ def run(
     if stage == "tuning" and set(variants) - {"AdamW"} and "AdamW" in variants:
         run(stage, ["AdamW"], seeds, workers=workers, device=device)  # the others take its learning rate
     known = set(known_rows(stage).key)
-    missing = {network_key(recipe): recipe for _, recipe in wanted(stage, variants, seeds, device)}
-    missing = {key: recipe for key, recipe in missing.items() if key not in known}
+    networks = {network_key(recipe): recipe for _, recipe in wanted(stage, variants, seeds, device)}
+    missing = {
+        f"{stage} of the recipe {key}, seed {recipe.seed}": (recipe, stage)
+        for key, recipe in networks.items()
+        if key not in known
+    }
     try:
-        if missing:
-            parallel.run(
-                measure,
-                [(recipe, stage) for recipe in missing.values()],
-                names=[f"{stage} of the recipe {key}, seed {recipe.seed}" for key, recipe in missing.items()],
-                workers=min(parallel.worker_count(workers), len(missing)),
-                unit="network",
-                label=stage,
-            )
+        _measure_missing(measure, missing, workers, unit="network", label=stage)
     finally:  # also what a run that was interrupted has measured
         rows = save_measured(stage, seeds)
     return rows

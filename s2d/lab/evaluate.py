@@ -98,7 +98,6 @@ def gather_outliers(model: nn.Module, images: Tensor, *, capacity: int = 16) -> 
         watch.detach()
 
 
-@torch.no_grad()
 def layer_statistics(
     trained: Trained, *, images: int = CALIBRATION_IMAGES, k_max: int = 3, outliers: int = 16
 ) -> pd.DataFrame:
@@ -114,8 +113,13 @@ def layer_statistics(
         Columns layer, sigma_1.., max_abs (output without bias), excess_kurtosis (of the output), pcdr_k,
         spectral_pcdr_k.
     """
-    model = trained.model()
     x, _ = trained.recipe.data.fixed_set("calibration", images)
+    return statistics_of(trained.model(), x, k_max=k_max, outliers=outliers)
+
+
+@torch.no_grad()
+def statistics_of(model: nn.Module, x: Tensor, *, k_max: int = 3, outliers: int = 16) -> pd.DataFrame:
+    """:func:`layer_statistics` of any model on some items, both on one device."""
     layers = linear_maps(model)
     with watch_activations({name: linear.module for name, linear in layers.items()}) as watched:
         rows = gather_outliers(model, x, capacity=outliers)

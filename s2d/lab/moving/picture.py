@@ -17,7 +17,7 @@ from PIL import Image
 
 from s2d.lab.notebook.complete import MARKER_VARIABLE
 
-RED, TEAL, GOLD, GREY, NAVY = "#d1495b", "#00798c", "#edae49", "#7a7a7a", "#2e4057"
+RED, TEAL, GOLD, GREY = "#d1495b", "#00798c", "#edae49", "#7a7a7a"
 DPI = 80
 
 
