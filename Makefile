@@ -20,7 +20,7 @@ export S2D_WORKERS ?= $(CORES)
 TEST_OUTPUT := $(CURDIR)/build/test
 SOURCES := $(shell find s2d -name '*.py') $(wildcard data/paper/*.csv) $(wildcard data/laptop/checkpoints/*.safetensors)
 
-.PHONY: help figures test test-kernels notebooks refresh replay fetch bench lint format setup clean
+.PHONY: help figures test test-kernels notebooks book refresh replay fetch bench lint format setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,7 +34,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,integrations,int8,models]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,integrations,int8,models,book]'
 	@touch $@
 
 setup: $(VENV)/installed ## install everything into .venv (the other targets do it themselves)
@@ -78,6 +78,10 @@ build/nbval/%: notebooks/%.ipynb $(SOURCES) | $(VENV)/installed
 	@mkdir -p $(@D)
 	S2D_OUTPUT=$(TEST_OUTPUT) S2D_WORKERS=1 $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $<
 	@touch $@
+
+# --- the web edition --------------------------------------------------------------------------------------------------
+book: $(VENV)/installed ## the web edition in build/book, from the stored outputs, without a network
+	$(PY) -m s2d.lab.book build/book
 
 # --- keeping the repository's own results true -------------------------------------------------------------------------
 refresh: $(NOTEBOOKS:notebooks/%.ipynb=build/refresh/%) ## re-execute notebooks at the defaults and store their outputs

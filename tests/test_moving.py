@@ -126,7 +126,7 @@ def test_the_batch_gets_the_picture_and_its_sentence_and_a_reader_the_controls(m
     assert isinstance(shown.pop(), ipywidgets.VBox)
     monkeypatch.setenv(picture_module.MARKER_VARIABLE, "marker")
     explore(Decay(SPECTRUM), power=3)
-    assert set(shown[0]) == {"image/png", "text/plain"} and "power 3" in shown[0]["text/plain"]
+    assert set(shown[0]) == {"image/png", "text/plain", picture_module.MOVING} and "power 3" in shown[0]["text/plain"]
 
 
 # --- what they say is true ---

@@ -43,6 +43,20 @@ class Browser(Picture):
         outlier.set(xlabel="largest activation of this layer", xlim=(0, 1.05 * self.largest.max()))
         self.settle(*self.others, self.own, *self.bars)
 
+    def numbers(self) -> dict[str, list[dict]]:
+        return {
+            "found": [
+                {
+                    "variant": variant,
+                    "layer": layer,
+                    "sigma": np.round(self.spectra[variant, layer], 3).tolist(),
+                    "largest": round(float(self.largest[variant, layer]), 2),
+                }
+                for variant in self.variants
+                for layer in self.layers
+            ]
+        }
+
     def update(self, *, variant: str, layer: str) -> str:
         own = self.spectra[variant, layer]
         top = max(self.spectra[name, layer][0] for name in self.variants)

@@ -47,6 +47,9 @@ class Decay(Picture):
         bars.set_ylim(0, 1.05 * self.s.max())
         self.settle(*self.bars, *self.curves, self.now)
 
+    def numbers(self) -> dict[str, list[float]]:
+        return {"s": self.s.round(4).tolist()}
+
     def update(self, *, power: int, lam: float, steps: int) -> str:
         path = np.empty((STEPS + 1, len(self.s)))
         path[0] = self.s

@@ -19,6 +19,8 @@ from s2d.lab.notebook.complete import MARKER_VARIABLE
 
 RED, TEAL, GOLD, GREY = "#d1495b", "#00798c", "#edae49", "#7a7a7a"
 DPI = 80
+MOVING = "application/vnd.s2d.moving+json"
+"""What the web edition draws a moving picture from (``docs/book/static/moving.js``), beside the still one."""
 
 
 class Slider(NamedTuple):
@@ -102,6 +104,10 @@ class Picture(ABC):
             self.controls[name].check(name, value)
         return self.update(**self.start() | values)
 
+    def numbers(self) -> dict[str, Any]:
+        """What the picture is drawn from, for the web edition to draw it without Python; few enough to be stored."""
+        return {}
+
     def png(self) -> bytes:
         """The picture as it is now; the same bytes for the same values."""
         canvas, stream = self.figure.canvas, io.BytesIO()
@@ -136,9 +142,22 @@ def explore(picture: Picture, **values: Any) -> None:
     if not _in_a_kernel():
         print(sentence)
     elif os.environ.get(MARKER_VARIABLE):
-        display({"image/png": base64.b64encode(picture.png()).decode(), "text/plain": sentence}, raw=True)
+        still = base64.b64encode(picture.png()).decode()
+        display({"image/png": still, "text/plain": sentence, MOVING: moving(picture, **values)}, raw=True)
     else:
         display(controls(picture, **values))
+
+
+def moving(picture: Picture, **values: Any) -> dict[str, Any]:
+    """A picture as numbers: its kind, its controls where they stand, and what it is drawn from."""
+    return {
+        "picture": type(picture).__name__,
+        "controls": {
+            name: control._asdict() | {"start": values.get(name, control.start)}
+            for name, control in picture.controls.items()
+        },
+        "numbers": picture.numbers(),
+    }
 
 
 def _in_a_kernel() -> bool:

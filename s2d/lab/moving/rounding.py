@@ -13,6 +13,7 @@ BITS = range(2, 9)
 GRANULARITIES = {"per tensor": (0, 1), "per token": (1,), "per channel": (0,)}
 """What shares a scale, to the axes that are reduced to find it."""
 ENTRIES = 40_000  # more would not change the picture, and slow it
+STORED = 32  # tokens kept for the web edition
 
 
 def rounded(x: Tensor, bits: int, granularity: str, *, clip: float = 1.0, zero_point: bool = True) -> tuple:
@@ -82,6 +83,10 @@ class Rounding(Picture):
         errors.set(yscale="log", ylim=(1e-3, 1.5), xlabel="bits", title="relative error")
         self.settle(self.grid, self.curve, self.here)
         self._errors: dict[tuple, list[float]] = {}
+
+    def numbers(self) -> dict[str, list]:
+        """Some whole tokens: the histogram and the errors of the web edition are those of a sample."""
+        return {"x": [[round(value, 3) for value in row] for row in self.x[:: -(-len(self.x) // STORED)].tolist()]}
 
     def update(self, *, bits: int, clip: float, granularity: str, grid: str) -> str:
         options = {"clip": clip, "zero_point": grid == "asymmetric"}

@@ -67,6 +67,7 @@ class Selection(Picture):
     def __init__(self, parts: Mapping[str, Tensor], names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.layers = list(parts)
+        self.names = list(names or self.layers)
         self.parts = {layer: part.double().numpy() for layer, part in parts.items()}
         self.ratios = np.array([self._pcdr(part) for part in self.parts.values()])
         self.controls = {
@@ -77,7 +78,7 @@ class Selection(Picture):
         over, apart = self.figure.subplots(1, 2, width_ratios=(5, 2))
         self.bars = over.bar(range(len(self.layers)), self.ratios[:, 0], color=GREY)
         self.tau = over.axhline(1.0, color="black", linewidth=1, linestyle=":")
-        over.set_xticks(range(len(self.layers)), names or self.layers, rotation=60, ha="right")
+        over.set_xticks(range(len(self.layers)), self.names, rotation=60, ha="right")
         over.set(ylim=(0, 1.5), ylabel="PCDR$_k$ of the largest activation", title="selected (red) by $k$ and $\\tau$")
         self.stack = [apart.bar([0], [0], color=colour, width=0.6)[0] for colour in (*COLOURS, TEAL)]
         self.marks = [apart.text(0.36, 0, "", va="center", fontsize="small") for _ in self.stack]
@@ -101,6 +102,15 @@ class Selection(Picture):
         for part in self.parts.values():
             stack = np.array([*part[:K_MAX], part[K_MAX:].sum()])
             yield stack * np.sign(part.sum())
+
+    def numbers(self) -> dict[str, list]:
+        """The first contributions and the sum of the rest, as shares of the activation."""
+        stacks = [np.array([*part[:K_MAX], part[K_MAX:].sum()]) / part.sum() for part in self.parts.values()]
+        return {
+            "layers": self.layers,
+            "names": self.names,
+            "shares": [[round(float(share), 4) for share in stack] for stack in stacks],
+        }
 
     def update(self, *, tau: float, k: int, layer: str) -> str:
         ratios = self.ratios[:, k - 1]
