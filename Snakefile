@@ -3,7 +3,7 @@
 #
 #   snakemake --cores 2 --config scale=laptop from=store        (what `make figures` calls)
 #
-# scale: which notebooks/params/<scale>/ apply; laptop is the notebooks' own defaults.
+# scale: which notebooks/params/<scale>/ apply; laptop is the notebooks' own defaults, measured where a reader reads.
 # from:  "store" uses trained checkpoints where they are stored, "scratch" trains everything anew in a store of its own.
 
 import runpy

@@ -27,10 +27,11 @@ class Study:
         recipes: variant to one recipe a seed.
         run: output label, usually the scale.
         source: from :func:`s2d.lab.results.provenance`.
+        measure: whether to measure where all checkpoints are in the store; a reader need not wait for that.
 
     Attributes:
         missing: how many of the checkpoints were not in the store.
-        recorded: whether the tables are read, because checkpoints are missing.
+        recorded: whether the tables are read, because checkpoints are missing or nobody asked to measure.
 
     Example:
         >>> from s2d.lab.recipes import pretraining
@@ -38,15 +39,19 @@ class Study:
         False
     """
 
-    def __init__(self, recipes: Mapping[Any, Sequence[Recipe]], *, run: str, source: Mapping[str, Any]) -> None:
+    def __init__(
+        self, recipes: Mapping[Any, Sequence[Recipe]], *, run: str, source: Mapping[str, Any], measure: bool = True
+    ) -> None:
         self.recipes, self.run, self.source = recipes, run, source
         every = [recipe for group in recipes.values() for recipe in group]
         self.missing = sum(find_file(recipe) is None for recipe in every)
-        self.recorded = self.missing > 0 and not os.environ.get("S2D_STORE")
+        self.recorded = (self.missing > 0 or not measure) and not os.environ.get("S2D_STORE")
         self._checkpoints: dict[Any, list[Trained]] | None = None
         self._total = len(every)
 
     def __str__(self) -> str:
+        if self.recorded and not self.missing:
+            return "what the committed tables hold is read from them (measure = True measures it again)"
         if self.recorded:
             return (
                 f"{self.missing} of {self._total} checkpoints are not here (make fetch gets them, FROM=scratch trains "
@@ -101,3 +106,30 @@ class Study:
         table = pd.read_csv(path, keep_default_na=False, na_values=[""])
         table.attrs["provenance"] = source
         return table
+
+
+def largest_difference(table: pd.DataFrame, again: pd.DataFrame, by: Sequence[str], column: str) -> float:
+    """How far a few rows that were measured again are from those of a table.
+
+    Args:
+        table: has a row for every row of ``again``.
+        again: rows measured now.
+        by: columns that name a row.
+        column: what is compared.
+
+    Raises:
+        ValueError: if the table lacks one of the rows, or has it twice.
+
+    Example:
+        >>> table = pd.DataFrame({"seed": [2, 3], "accuracy": [0.5, 0.75]})
+        >>> largest_difference(table, pd.DataFrame({"seed": [3], "accuracy": [0.5]}), ["seed"], "accuracy")
+        0.25
+    """
+    try:
+        both = again.merge(table, on=list(by), how="left", validate="one_to_one", suffixes=("_again", ""))
+    except pd.errors.MergeError as error:
+        raise ValueError(f"the table has rows twice that {', '.join(by)} should name: {error}") from error
+    if both[column].isna().any():
+        lacking = both.loc[both[column].isna(), list(by)].iloc[0].to_dict()
+        raise ValueError(f"the table has no row {lacking}: measure it anew (measure = True)")
+    return float((both[f"{column}_again"] - both[column]).abs().max())
