@@ -138,6 +138,15 @@ def test_a_name_with_a_run_in_it_is_the_same_at_every_scale(output: Path) -> Non
             load_table(name, run="smoke")
 
 
+def test_a_readers_own_runs_read_the_committed_tables_where_they_made_none(output: Path) -> None:
+    committed = load_table("bound", run="laptop")
+    assert load_table("bound", run="mine").equals(committed)
+    save_table(pd.DataFrame({"x": [1]}), "bound", run="mine", source={})
+    assert load_table("bound", run="mine").columns.tolist() == ["x"]
+    with pytest.raises(FileNotFoundError, match="data/smoke/bound.csv"):
+        load_table("bound", run="smoke")
+
+
 def test_digests_are_of_the_bytes(output: Path) -> None:
     path = save_table(TABLE, "ptq", run="laptop", source=SOURCE)
     digests = table_digests(["ptq"], run="laptop")

@@ -11,7 +11,7 @@ from s2d.lab import study as study_module
 from s2d.lab.data import ClutteredDigits
 from s2d.lab.models import DigitsViT
 from s2d.lab.results import save_table
-from s2d.lab.study import Study
+from s2d.lab.study import Study, largest_difference
 from s2d.lab.training import Recipe
 
 RECIPES = {"a": [Recipe(seed=seed, steps=1, data=ClutteredDigits(), model=DigitsViT(width=16)) for seed in (0, 1)]}
@@ -80,3 +80,31 @@ def test_a_part_has_the_recipes_asked_for_and_is_read_like_the_whole(repository)
     part = whole.only({"a": "renamed"}, seeds=[1])
     assert [recipe.seed for recipe in part.recipes["renamed"]] == [1]
     assert part.recorded and part.table("grown", measure, 3).value[0] == 0.5
+
+
+def test_a_reader_reads_what_could_be_measured(repository, monkeypatch):
+    monkeypatch.setattr(study_module, "find_file", lambda recipe: repository)
+    study = Study(RECIPES, run="laptop", source=SOURCE, measure=False)
+    assert study.table("grown", measure, 3).value[0] == 0.5 and "measure = True" in str(study)
+    assert study.only({"a": "b"}).table("grown", measure, 3).value[0] == 0.5
+
+
+def test_an_exercise_reads_the_committed_table_under_its_own_label(repository):
+    assert Study(RECIPES, run="mine", source=SOURCE).table("grown", measure, 3).value[0] == 0.5
+
+
+TABLE = pd.DataFrame({"seed": [2, 3, 4], "accuracy": [0.5, 0.75, 0.25]})
+
+
+def test_rows_measured_again_are_compared_by_name():
+    again = pd.DataFrame({"seed": [4, 3], "accuracy": [0.25, 0.5]})
+    assert largest_difference(TABLE, again, ["seed"], "accuracy") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [(TABLE.iloc[:1], "no row {'seed': 4}"), (pd.concat([TABLE, TABLE]), "rows twice that seed should name")],
+)
+def test_rows_that_cannot_be_compared_are_named(table, says):
+    with pytest.raises(ValueError, match=says):
+        largest_difference(table, TABLE.iloc[2:], ["seed"], "accuracy")

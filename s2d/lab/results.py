@@ -16,6 +16,9 @@ from s2d.files import write_text
 from s2d.lab.dependencies import DRAWING, closure, code_hash, notebook_modules
 from s2d.lab.paths import output_root, repository_root
 
+COMMITTED = "laptop"
+MINE = "mine"
+"""The label of a reader's own runs: what they did not make themselves is read from the committed tables."""
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "matplotlib")
 
 
@@ -86,7 +89,9 @@ def _existing(name: str, run: str) -> Path:
     """The file of a table: one just written, else the committed one."""
     own_run, _, stem = name.rpartition("/")
     file = _table_folder(own_run or run) / f"{stem}.csv"
-    paths = (root / file for root in (output_root(), repository_root()))
+    paths = [root / file for root in (output_root(), repository_root())]
+    if not own_run and run == MINE:
+        paths.append(repository_root() / _table_folder(COMMITTED) / f"{stem}.csv")
     found = next((path for path in paths if path.exists()), None)
     if found is None:
         raise FileNotFoundError(
@@ -100,7 +105,7 @@ def load_table(name: str, *, run: str) -> pd.DataFrame:
 
     Args:
         name: file stem; ``laptop/tuning`` names the run itself, for a table that is the same at every scale.
-        run: output label, usually the scale.
+        run: output label, usually the scale; under ``mine`` what is not there is read from the laptop's.
 
     Raises:
         FileNotFoundError: naming the notebook to run.

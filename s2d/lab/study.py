@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from s2d.lab.paths import repository_root
+from s2d.lab.results import COMMITTED, MINE
 from s2d.lab.store import Trained, find_file, obtain_checkpoints
 from s2d.lab.training import Recipe
 
@@ -97,15 +98,16 @@ class Study:
 
     def _committed(self, name: str) -> pd.DataFrame | None:
         """The committed table, if it was made with this study's parameters."""
-        path = repository_root() / "data" / self.run / f"{name}.csv"
-        if not path.exists():
-            return None
-        source = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if source["parameters"] != json.loads(json.dumps(self.source["parameters"])):
-            return None
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-        table.attrs["provenance"] = source
-        return table
+        labels = (MINE, COMMITTED) if self.run == MINE else (self.run,)
+        for path in (repository_root() / "data" / run / f"{name}.csv" for run in labels):
+            if not path.exists():
+                continue
+            source = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            if source["parameters"] == json.loads(json.dumps(self.source["parameters"])):
+                table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+                table.attrs["provenance"] = source
+                return table
+        return None
 
 
 def largest_difference(table: pd.DataFrame, again: pd.DataFrame, by: Sequence[str], column: str) -> float:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from s2d.lab.evaluate import with_points_lost
 from s2d.lab.figures.registry import published
 from s2d.lab.figures.style import COLOURS, MARKERS, bars, bit_widths, legend_below, listed, mean_line
-from s2d.ptq.quantizers import Quantizer
 
 
 def accuracy_by_bits(ptq: pd.DataFrame) -> Figure:
@@ -62,29 +58,6 @@ def _accuracy_at_low_bits(ptq: pd.DataFrame) -> str:
 def ptq_accuracy(ptq: pd.DataFrame) -> Figure:
     """Test accuracy under round-to-nearest, symmetric grid, at every bit width, for each kind of fine-tuning."""
     return accuracy_by_bits(_symmetric(ptq))
-
-
-def grid_on_histogram(values: Tensor, quantizers: Mapping[str, Quantizer]) -> Figure:
-    """What a quantizer does, seen: the histogram of some values, and under it the points of each calibrated grid.
-
-    Args:
-        values: any shape.
-        quantizers: title to a calibrated quantizer; the points are those that the values go to.
-
-    Returns:
-        One panel a quantizer, with the root mean squared error in the title.
-    """
-    flat = values.flatten()
-    figure, axes = plt.subplots(1, len(quantizers), figsize=(3.6 * len(quantizers), 2.9), sharey=True)
-    for axis, (title, quantizer) in zip(axes, quantizers.items(), strict=True):
-        rounded = quantizer(flat)
-        axis.hist(flat.numpy(), bins=120, color=COLOURS["SGD"], log=True, histtype="stepfilled")
-        for point in rounded.unique().tolist():
-            axis.axvline(point, ymax=0.12, color=COLOURS["AdamW"], linewidth=1.2)
-        error = (rounded - flat).square().mean().sqrt().item()
-        axis.set(title=f"{title}\nerror {error:.3f}", xlabel="activation")
-    axes[0].set(ylabel="entries")
-    return figure
 
 
 def _s2d_gain_by_method(table: pd.DataFrame) -> str:
