@@ -139,8 +139,10 @@ def test_a_name_with_a_run_in_it_is_the_same_at_every_scale(output: Path) -> Non
 
 
 def test_a_readers_own_runs_read_the_committed_tables_where_they_made_none(output: Path) -> None:
-    committed = load_table("bound", run="laptop")
-    assert load_table("bound", run="mine").equals(committed)
+    committed = results.repository_root() / "data" / "laptop"
+    committed.mkdir(parents=True)
+    (committed / "bound.csv").write_text("y\n1\n")
+    assert load_table("bound", run="mine").columns.tolist() == ["y"]
     save_table(pd.DataFrame({"x": [1]}), "bound", run="mine", source={})
     assert load_table("bound", run="mine").columns.tolist() == ["x"]
     with pytest.raises(FileNotFoundError, match="data/smoke/bound.csv"):
