@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -12,8 +10,10 @@ from matplotlib.figure import Figure
 
 from s2d.lab.ablations import BASELINE
 from s2d.lab.figures.registry import published
-from s2d.lab.figures.style import COLOURS, difference_panels, listed, short_names
+from s2d.lab.figures.style import AGAINST, COLOURS, TOWARDS, bit_widths, forest_panels, listed, short_names
 from s2d.lab.staleness import AT_REST
+
+METHODS = ("RTN, symmetric", "ERQ")
 
 
 def _intervals_without_zero(differences: pd.DataFrame) -> str:
@@ -25,19 +25,42 @@ def _intervals_without_zero(differences: pd.DataFrame) -> str:
     )
 
 
+def _settings_that_matter(differences: pd.DataFrame, bits: str) -> str:
+    parts = []
+    for method in METHODS:
+        own = differences[(differences.method == method) & (differences.bits == bits)]
+        own = own[own.measure == "accuracy"]
+        away = int(((own.low > 0) | (own.high < 0)).sum())
+        parts.append(f"{away} under {method} (at most {own.difference.abs().max():.1f} points)")
+    return f"Of {len(own)} changes of S2D these change its accuracy at {bits}: {', '.join(parts)}"
+
+
 @published(tables=["ablation_differences"], finding=_intervals_without_zero, paper="Tables 6, 10, 11 in shape")
-def ablations(differences: pd.DataFrame, bits: Sequence[str] = ("FP", "W4A4", "W3A3")) -> Figure:
-    """Every ablation against S2D: mean difference within a seed and its 95 % interval, in accuracy and in points lost.
+def ablations(differences: pd.DataFrame) -> Figure:
+    """S2D against every ablation of it: mean difference within a seed and its 95 % interval; right: S2D is better.
 
     Args:
         differences: from :func:`s2d.lab.ablations.paired_differences`.
-        bits: those shown, where they were measured.
 
     Returns:
-        One panel a measure and bit width, one row a setting, one colour a method.
+        Full precision, and the weakest and strongest quantizer at the first low bit width; one row a setting.
     """
     named = differences.assign(label=differences.group + ": " + differences.setting)
-    return difference_panels(named, rows="label", bits=bits, against=BASELINE)
+    bits = next(
+        name for name in bit_widths(differences) if name != "FP" and set(METHODS) <= _methods(differences, name)
+    )
+    return forest_panels(
+        named,
+        rows="label",
+        panels=[("FP", "FP"), *((method, bits) for method in METHODS)],
+        claim=f"{BASELINE} with its own setting is better",
+        title=_settings_that_matter(differences, bits),
+        sign=-1,
+    )
+
+
+def _methods(differences: pd.DataFrame, bits: str) -> set[str]:
+    return set(differences.method[differences.bits == bits])
 
 
 def _share_picked(table: pd.DataFrame) -> str:
@@ -90,23 +113,36 @@ def _cosine_of_an_old_cache(table: pd.DataFrame) -> str:
 
 @published(tables=["staleness"], finding=_cosine_of_an_old_cache, paper="G.2")
 def staleness(table: pd.DataFrame) -> Figure:
-    """G.2: cosine of the cached and a fresh penalty, one panel a mode, beside the paper's 0.99.
+    """G.2: cosine of the cached and a fresh penalty at half and at the whole of an interval, beside the paper's 0.99.
 
     Args:
         table: columns mode, step, age, cosine (by layer and seed).
     """
+    first = table[table.age == table.step]
+    ages = [first.age.max() // 2, first.age.max()]
     modes = list(dict.fromkeys(table["mode"]))
-    columns = -(-len(modes) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(2.7 * columns, 4.6), sharex=True, sharey=True, squeeze=False)
-    for axis, mode in zip(axes.flat, modes, strict=False):
-        _followed(axis, table[table["mode"] == mode], "cosine")
-        axis.axhline(0.99, color=COLOURS["AdamW"], linewidth=1, linestyle="--")
-        axis.set_title(mode, fontsize="small")
-    for axis in axes.flat[len(modes) :]:
-        axis.set_axis_off()
-    for axis in axes[:, 0]:
-        axis.set(ylabel="cosine")
-    figure.supxlabel("optimizer step (dotted: refresh; dashed: the paper's 0.99)", fontsize="small")
+    means = first.groupby(["age", "mode"]).cosine.mean()
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(modes) + 1.6))
+    for place, mode in enumerate(modes):
+        at = [means[age, mode] for age in ages]
+        half = first[(first["mode"] == mode) & (first.age == ages[0])].cosine
+        colour = TOWARDS if at[0] >= 0.99 else AGAINST
+        axis.plot([half.min(), half.max()], [place, place], color=colour, linewidth=5, alpha=0.25)
+        axis.plot(at, [place, place], color=colour, linewidth=1)
+        axis.plot(at[1], place, marker="o", color=colour, markerfacecolor="white", markersize=7)
+        axis.plot(at[0], place, marker="o", color=colour, markersize=8)
+    axis.axvline(0.99, color="black", linewidth=0.8, linestyle="--")
+    axis.grid(axis="y", linewidth=0.3)
+    axis.set_yticks(range(len(modes)), modes)
+    axis.invert_yaxis()
+    kept = int(sum(means[ages[0], mode] >= 0.99 for mode in modes))
+    axis.set_xlabel(
+        f"cosine of the cached and a fresh penalty; filled: mean after {ages[0]} steps (bar: all layers), "
+        f"hollow: after {ages[1]}",
+        fontsize="small",
+    )
+    title = f"After {ages[0]} steps {kept} of {len(modes)} ways keep the paper's 0.99 (dashed)"
+    figure.suptitle(title, fontweight="bold", fontsize="large")
     return figure
 
 

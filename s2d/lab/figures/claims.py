@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from s2d.lab.claims import NOT_MEASURED, headline
 from s2d.lab.figures.registry import published
-from s2d.lab.figures.style import bars, bit_widths, legend_below, listed
+from s2d.lab.figures.style import AGAINST, TOWARDS, UNDECIDED, bars, bit_widths, legend_below, listed
 
 PAPER_ORDER = ("AdamW", "No PCDR", "S2D")
 
@@ -70,50 +71,83 @@ def measured_and_reported(frontier: pd.DataFrame, selection: pd.DataFrame, power
 
 
 COLOUR_OF = {
-    "reproduced": "#007a3d",
-    "holds": "#007a3d",
-    "equivalent": "#2f6db5",
-    "undecided": "#7a7a7a",
-    "not reproduced": "#d1495b",
-    "does not hold": "#d1495b",
+    "reproduced": TOWARDS,
+    "holds": TOWARDS,
+    "equivalent": "#009e73",
+    "undecided": UNDECIDED,
+    "not reproduced": AGAINST,
+    "does not hold": AGAINST,
 }
-HEADINGS = {"paper": "THE PAPER'S CLAIMS", "ours": "OUR OWN", "theorem": "TRUE BY CONSTRUCTION"}
+TOPICS = {
+    "Outliers and where they come from": ("abstract", "C "),
+    "What S2D buys at low bits": ("Table 11, abstract", "Table 6", "Tables 6, 11", "Table 9", "C; Table 10", "D"),
+    "What it does to a layer": ("Table 7",),
+    "Its settings": ("Table 10", "Table 11", "G.2"),
+}
+
+
+def _topic(source: str) -> str:
+    """The part of the paper that a claim belongs to; the longest beginning of its source decides."""
+    found = [(len(start), topic) for topic, starts in TOPICS.items() for start in starts if source.startswith(start)]
+    return max(found)[1] if found else "Further claims"
 
 
 @published(tables=["claims"], finding=headline, paper="abstract; appendices A, C, D, E, G; Tables 6, 7, 9, 10, 11")
 def claims(table: pd.DataFrame) -> Figure:
-    """Every claim that was measured, signed so that right is what it says: mean and 95 % interval in its own scale.
+    """Every claim of the paper that was measured, by topic; right is what the paper says: mean and 95 % interval.
 
     Args:
         table: from :func:`s2d.lab.claims.claims_table`.
     """
-    table = table[table.verdict != NOT_MEASURED]
-    shown = [name for name in COLOUR_OF if name in set(table.verdict)]
-    rows: list[tuple[str, pd.Series | None]] = []
-    for group, own in table.groupby("group", sort=False):
-        rows += [(HEADINGS[group], None), *((row.claim, row) for _, row in own.iterrows())]
-    figure, axis = plt.subplots(figsize=(13, 0.34 * len(rows) + 1))
+    own = table[(table.group == "paper") & (table.verdict != NOT_MEASURED)]
+    own = own.assign(heading=own.source.map(_topic))
+    order = [topic for topic in (*TOPICS, "Further claims") if topic in set(own.heading)]
+    counts = own.verdict.value_counts()
+    title = ", ".join(f"{counts[name]} {name}" for name in COLOUR_OF if name in counts)
+    return _evidence({topic: own[own.heading == topic] for topic in order}, f"Of {len(own)} claims: {title}")
+
+
+def _ours(table: pd.DataFrame) -> str:
+    counts = table[table.group != "paper"].verdict.value_counts()
+    return f"Of claims that are not the paper's: {listed({f'{name}:': n for name, n in counts.items()}, '{:d}')}."
+
+
+@published(tables=["claims"], finding=_ours)
+def claims_ours(table: pd.DataFrame) -> Figure:
+    """The claims that are our own, and the two that hold by construction; right is what they say.
+
+    Args:
+        table: from :func:`s2d.lab.claims.claims_table`.
+    """
+    parts = {"Our own": table[table.group == "ours"], "By construction": table[table.group == "theorem"]}
+    return _evidence(parts, _ours(table).removesuffix("."))
+
+
+def _evidence(parts: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """Claims under headings, each on its own scale, its verdict beside it in words and colour."""
+    rows = [
+        entry
+        for heading, own in parts.items()
+        for entry in ((heading, None), *((r.claim, r) for r in own.itertuples()))
+    ]
+    figure, axis = plt.subplots(figsize=(12, 0.36 * len(rows) + 0.9))
     for place, (_, row) in enumerate(rows):
         if row is None:
             continue
         unit = max(abs(value) for value in (row.low, row.high, row.measured) if value == value) or 1.0
         colour = COLOUR_OF[row.verdict]
         if row.low == row.low:  # one seed has no interval
-            axis.plot([row.low / unit, row.high / unit], [place, place], color=colour, linewidth=2)
-        axis.plot(row.measured / unit, place, color=colour, marker="o", markersize=5)
-        interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else ""
-        text = f"{row.measured:+.3g}{interval} {row.unit}"
-        if pd.notna(row.reported_size):
-            text += f"  (paper: {row.reported_size:+.3g})"
-        axis.text(1.08, place, text, va="center", fontsize="x-small")
+            axis.plot([row.low / unit, row.high / unit], [place, place], color=colour, linewidth=2.5)
+        axis.plot(row.measured / unit, place, color=colour, marker="o", markersize=6)
+        reported = f" (paper {row.reported_size:+.3g})" if pd.notna(row.reported_size) else ""
+        axis.text(1.08, place, row.verdict, va="center", fontsize="small", color=colour, fontweight="bold")
+        axis.text(1.68, place, f"{row.measured:+.2g} {row.unit}{reported}", va="center", fontsize="small")
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(
-        range(len(rows)), [textwrap.fill(name, 78, break_on_hyphens=False) for name, _ in rows], fontsize="x-small"
-    )
+    axis.set_yticks(range(len(rows)), [textwrap.fill(name, 76, break_on_hyphens=False) for name, _ in rows])
     for tick, (_, row) in zip(axis.get_yticklabels(), rows, strict=True):
-        tick.set_fontweight("bold" if row is None else "normal")
+        tick.set(fontweight="bold" if row is None else "normal", fontsize="small")
+    axis.tick_params(axis="y", length=0)
     axis.set(xlim=(-1.05, 1.05), ylim=(len(rows) - 0.5, -0.5))
-    axis.set_xticks([-1, 0, 1], ["against the claim", "0", "as claimed"])
-    handles = [plt.Line2D([], [], color=COLOUR_OF[name], marker="o", label=name) for name in shown]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    axis.set_xticks([-1, 0, 1], ["against", "0", "as claimed"])
+    figure.suptitle(title, fontweight="bold", fontsize="large")
     return figure

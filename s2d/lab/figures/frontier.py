@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from s2d.lab.figures.registry import published
-from s2d.lab.figures.style import COLOURS, MARKERS, bars, bit_widths, difference_panels, legend_below, listed
+from s2d.lab.figures.style import COLOURS, MARKERS, bars, bit_widths, forest_panels, legend_below, listed
 from s2d.lab.frontier import keeping, search_points
-from s2d.lab.statistics import pareto_front
 
 SEARCH_PANELS = {"low_bits": "mean at low bits (%), decides", "ERQ W4A4": "W4A4, ERQ (%)"}
 FRONT_METHODS = ("RTN, symmetric", "ERQ")
@@ -58,58 +57,59 @@ def frontier_search(tuning: pd.DataFrame) -> Figure:
     return figure
 
 
+def _percent(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy in per cent, one row a variant and seed, one column a method and bit width."""
+    return table.assign(percent=100 * table.accuracy).pivot(
+        index=["variant", "seed"], columns=["method", "bits"], values="percent"
+    )
+
+
 def _cells(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Method and bits of each panel."""
-    low = [bits for bits in bit_widths(table) if bits in ("W4A4", "W3A3")]
-    return [(method, bits) for bits in low for method in FRONT_METHODS]
+    """Method and bits of each panel: the weakest and the strongest quantizer at four bits, or the first low width."""
+    low = [bits for bits in bit_widths(table) if bits != "FP"]
+    bits = "W4A4" if "W4A4" in low else low[0]
+    return [(method, bits) for method in FRONT_METHODS]
 
 
 def _best(table: pd.DataFrame) -> str:
-    mean = 100 * table.groupby(["method", "bits", "variant"]).accuracy.mean()
-    best = [
-        f"{bits} {method}: {mean[method, bits].idxmax()} {mean[method, bits].max():.1f}"
-        for method, bits in _cells(table)
-    ]
+    mean = _percent(table).groupby("variant").mean()
+    best = [f"{bits} {m}: {mean[m, bits].idxmax()} {mean[m, bits].max():.1f}" for m, bits in _cells(table)]
     full = mean["FP", "FP"]
     return f"Highest mean test accuracy in full precision: {full.idxmax()} {full.max():.1f}; {'; '.join(best)}."
 
 
+def _spread_of_arms(table: pd.DataFrame) -> str:
+    mean = _percent(table).groupby("variant").mean()
+    parts = [f"{mean[cell].max() - mean[cell].min():.1f} under {cell[0]}" for cell in _cells(table)]
+    return f"Points between the best and the worst way of fine-tuning at {_cells(table)[0][1]}: {', '.join(parts)}"
+
+
 @published(tables=["frontier"], finding=_best, paper="Tables 6, 11 in shape")
 def frontier_test(table: pd.DataFrame) -> Figure:
-    """The chosen settings on test images: mean and standard deviation over seeds, full precision against low bits.
+    """The chosen settings on test images: each seed and the mean at low bits, and full precision (hollow).
 
     Args:
         table: from :func:`s2d.lab.frontier.frontier_table`.
     """
-    cells = _cells(table)
-    percent = table.assign(percent=100 * table.accuracy).pivot(
-        index=["variant", "seed"], columns=["method", "bits"], values="percent"
-    )
+    cells, percent = _cells(table), _percent(table)
     order = list(dict.fromkeys(table.variant))
-    mean, std = (getattr(percent.groupby("variant"), name)().loc[order] for name in ("mean", "std"))
-    rows = -(-len(cells) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.9 * rows), sharex=True, squeeze=False)
-    for axis, cell in zip(axes.flat, cells, strict=False):
-        points = pd.DataFrame({"full": mean["FP", "FP"], "low": mean[cell]})
-        _front_line(axis, points.assign(front=pareto_front(points, "full", "low")), color="black", linestyle="--")
-        for variant, point in points.iterrows():
-            axis.errorbar(
-                point.full,
-                point.low,
-                xerr=std["FP", "FP"][variant],
-                yerr=std[cell][variant],
-                color=COLOURS[variant],
-                marker=MARKERS[variant],
-                markersize=11 if MARKERS[variant] == "*" else 7,
-                elinewidth=0.8,
-                label=variant,
-            )
-        axis.set(ylabel=f"{cell[1]}, {cell[0]} (%)", title=f"{cell[1]}, {cell[0]}")
-    for axis in axes[-1]:
-        axis.set_xlabel("full precision (%)")
-    for axis in list(axes.flat)[len(cells) :]:
-        axis.remove()
-    legend_below(figure, axes[0, 0], columns=4)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.5 * len(order) + 1.7), sharey=True)
+    for axis, cell in zip(axes, cells, strict=True):
+        for place, variant in enumerate(order):
+            own, colour = percent.loc[variant], COLOURS[variant]
+            low, full = own[cell].mean(), own["FP", "FP"].mean()
+            axis.plot([low, full], [place, place], color=colour, linewidth=1.5)
+            axis.plot(full, place, marker="o", color=colour, markerfacecolor="white", markersize=7)
+            axis.plot(own[cell], [place + 0.22] * len(own), ".", color=colour, alpha=0.5, markersize=5)
+            axis.plot(low, place, marker="o", color=colour, markersize=8)
+        axis.axvline(percent.loc["AdamW"][cell].mean(), color=COLOURS["AdamW"], linewidth=0.8, linestyle=":", zorder=0)
+        axis.grid(axis="y", linewidth=0.3)
+        axis.set(title=f"{cell[0]}, {cell[1]}", xlabel="test accuracy (%)")
+    axes[0].set_yticks(range(len(order)), order)
+    axes[0].invert_yaxis()
+    figure.suptitle(_spread_of_arms(table), fontweight="bold", fontsize="large")
+    note = "large: mean over seeds; small: seeds; hollow: full precision; dotted: AdamW's mean"
+    figure.supxlabel(note, fontsize="small")
     return figure
 
 
@@ -123,18 +123,29 @@ def _said_of_adamw(table: pd.DataFrame) -> str:
     return f"Arms against AdamW, by their intervals. {' '.join(texts).capitalize()}"
 
 
+def _told_apart(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> str:
+    """How many arms differ from AdamW in accuracy under each quantizer."""
+    parts = []
+    for method, bits in cells:
+        own = table[(table.method == method) & (table.bits == bits) & (table.measure == "accuracy")]
+        better, worse = int((own.low > 0).sum()), int((own.high < 0).sum())
+        parts.append(f"under {method} {better} are more accurate and {worse} less")
+    return f"Of {table['first'].nunique()} ways of fine-tuning, against AdamW at {cells[0][1]}: {', '.join(parts)}"
+
+
 @published(tables=["frontier_differences"], finding=_said_of_adamw, paper="Tables 6, 11 in shape")
-def frontier_differences(
-    table: pd.DataFrame, against: str = "AdamW", bits: Sequence[str] = ("FP", "W4A4", "W3A3")
-) -> Figure:
-    """Every arm against AdamW under every quantizer: mean difference and 95 % interval, accuracy and points lost.
+def frontier_differences(table: pd.DataFrame, against: str = "AdamW") -> Figure:
+    """Every arm against AdamW: mean difference and 95 % interval, accuracy and points kept; right: better than AdamW.
 
     Args:
         table: from :func:`s2d.lab.frontier.comparisons`.
         against: the arm that the others are compared with.
-        bits: those shown, where they were measured.
     """
-    return difference_panels(table[table.second == against], rows="first", bits=bits, against=against)
+    own, cells = table[table.second == against], _cells(table)
+    panels = [("FP", "FP"), *cells]
+    return forest_panels(
+        own, rows="first", panels=panels, claim=f"better than {against}", title=_told_apart(own, cells)
+    )
 
 
 def _kurtosis_of_each(table: pd.DataFrame) -> str:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from s2d.lab.evaluate import with_points_lost
 from s2d.lab.figures.registry import published
-from s2d.lab.figures.style import COLOURS, MARKERS, bars, bit_widths, legend_below, listed, mean_line
+from s2d.lab.figures.style import COLOURS, MARKERS, bars, bit_widths, label_ends, legend_below, listed
 
 
 def accuracy_by_bits(ptq: pd.DataFrame) -> Figure:
@@ -39,9 +39,13 @@ def accuracy_by_bits(ptq: pd.DataFrame) -> Figure:
             places = [bits.index(name) + shift for name in part.bits]
             axis.scatter(places, part[column], s=9, color=COLOURS[variant], alpha=0.5)
         axis.set_xticks(range(len(bits)), bits)
-        axis.set(xlabel=f"weights and activations (RTN, {grids[0]} grid)", ylabel=label, title=title)
-    axes[0].legend()
-    legend_below(figure, axes[0])
+        axis.set(xlim=(-0.3, len(bits) + 0.9), ylabel=label, title=title)
+        ends = table[table.bits == bits[-1]].groupby("variant", sort=False)[column].mean()
+        label_ends(axis, ends, len(bits) - 0.7, apart=0.075)
+    lost = table[table.bits == bits[-2]].groupby("variant", sort=False).points_lost.mean()
+    title = f"At {bits[-2]} rounding costs {lost.idxmin()} {lost.min():.0f} points, {lost.idxmax()} {lost.max():.0f}"
+    figure.suptitle(title, fontweight="bold", fontsize="large")
+    figure.supxlabel(f"weights and activations (round-to-nearest, {grids[0]} grid)", fontsize="medium")
     return figure
 
 
@@ -68,30 +72,42 @@ def _s2d_gain_by_method(table: pd.DataFrame) -> str:
     )
 
 
+def _method_or_training(quantized: pd.DataFrame, bits: str) -> str:
+    """What spans more points: the methods on one network, or the networks under one method."""
+    lost = quantized[quantized.bits == bits].groupby(["method", "variant"]).points_lost.mean().unstack()
+    fine = lost.drop(columns="SGD", errors="ignore")
+    methods, networks = (fine.max() - fine.min()).mean(), (fine.max(axis=1) - fine.min(axis=1)).mean()
+    return f"{bits}: {methods:.0f} points between methods on one network, {networks:.0f} between fine-tuned networks"
+
+
 @published(tables=["ptq_methods"], finding=_s2d_gain_by_method, paper="Tables 6, 8, 11 in shape")
 def ptq_methods(table: pd.DataFrame) -> Figure:
-    """Every method at every bit width: accuracy, points of it lost, relative logit error; one column a method.
+    """Every method at the two lowest bit widths: points lost, and the error of the logits; each mark a network.
 
-    Lines are means over seeds and calibration sets, bands reach from the lowest to the highest of them.
+    Marks are means over seeds and calibration sets, lines reach from the lowest to the highest of them.
     """
     quantized = with_points_lost(table).query("method != 'FP'")
-    methods, bits = list(quantized.method.unique()), bit_widths(quantized)
-    labels = {"percent": "test accuracy (%)", "points_lost": "points lost", "logit_error": "relative logit error"}
-    figure, axes = plt.subplots(3, len(methods), figsize=(2.9 * len(methods), 7.4), sharex=True, sharey="row")
-    for column, method in enumerate(methods):
-        rows = quantized[quantized.method == method].assign(
-            position=lambda t: t.bits.map(bits.index), percent=lambda t: 100 * t.accuracy
-        )
-        for variant, part in rows.groupby("variant", sort=False):
-            for axis, value in zip(axes[:, column], labels, strict=True):
-                mean_line(axis, part, "position", value, variant, marker=MARKERS[variant], markersize=4)
-        axes[0, column].set(title=method)
-        axes[2, column].set_yscale("log")
-        axes[2, column].set_xticks(range(len(bits)), bits, rotation=45)
-    for axis, label in zip(axes[:, 0], labels.values(), strict=True):
-        axis.set(ylabel=label)
-    axes[0, 0].legend()
-    legend_below(figure, axes[0, 0])
+    methods, bits = list(quantized.method.unique()), bit_widths(quantized)[-2:]
+    panels = [("points_lost", name, f"points lost, {name}") for name in bits]
+    panels.append(("logit_error", bits[-1], f"relative logit error, {bits[-1]}"))
+    variants = list(quantized.variant.unique())
+    figure, axes = plt.subplots(1, 3, figsize=(11, 0.75 * len(methods) + 1.8), sharey=True)
+    for axis, (column, name, title) in zip(axes, panels, strict=True):
+        part = quantized[quantized.bits == name]
+        for index, variant in enumerate(variants):
+            values = part[part.variant == variant].groupby("method", sort=False)[column]
+            places = [
+                methods.index(method) + 0.15 * (index - (len(variants) - 1) / 2) for method in values.mean().index
+            ]
+            axis.hlines(places, values.min(), values.max(), color=COLOURS[variant], linewidth=1.2, alpha=0.6)
+            style = {"color": COLOURS[variant], "marker": MARKERS[variant], "linestyle": "none"}
+            axis.plot(values.mean(), places, label=variant, **style)
+        axis.set_title(title)
+        axis.grid(axis="x", linewidth=0.3)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    figure.suptitle(_method_or_training(quantized, bits[-1]), fontweight="bold", fontsize="large")
+    legend_below(figure, axes[0])
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -165,42 +166,65 @@ def bars(axis: Axes, table: pd.DataFrame, *, x: str, y: str, **options) -> None:
     sns.barplot(table, x=x, y=y, hue="variant", palette=COLOURS, ax=axis, **(whiskers | options))
 
 
-def difference_panels(table: pd.DataFrame, *, rows: str, bits: Sequence[str], against: str) -> Figure:
-    """Differences with their intervals around zero: one panel a measure and bit width, one colour a method.
+TOWARDS, AGAINST, UNDECIDED = "#0072b2", "#d55e00", "#7a7a7a"
+
+
+def forest_panels(
+    table: pd.DataFrame, *, rows: str, panels: Sequence[tuple[str, str]], claim: str, title: str, sign: int = 1
+) -> Figure:
+    """Differences with their 95 % intervals around zero, towards a claim always to the right, at most three panels.
+
+    A filled point is accuracy, a hollow one points kept (the negative of points lost); blue intervals lie on the side
+    of the claim, orange ones on the other, grey ones on both.
 
     Args:
         table: columns measure, bits, method, difference, low, high (points).
         rows: the column that names the rows.
-        bits: those shown, where they were measured.
-        against: what the differences are taken from.
+        panels: method and bits of each panel; what was not measured is left out.
+        claim: what right means, in a few words.
+        title: the finding.
+        sign: -1 where the table's differences are those of the other side.
     """
-    table = table[table.bits.isin(bits)]
+    measured = set(zip(table.method, table.bits, strict=True))
+    panels = [panel for panel in panels if panel in measured]
     labels = list(dict.fromkeys(table[rows]))
-    panels = [(m, b) for m in dict.fromkeys(table.measure) for b in bit_widths(table[table.measure == m])]
-    methods = [method for method in dict.fromkeys(table.method) if method != "FP"]
-    styles = dict(zip(methods, zip(sns.color_palette("colorblind"), "osD^v", strict=False), strict=False))
-    size = (2.5 * len(panels) + 2.5, 1.6 + (0.2 + 0.07 * len(methods)) * len(labels))
+    size = (3.0 * len(panels) + 2.6, 1.7 + 0.42 * len(labels))
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for axis, (measure, name) in zip(axes[0], panels, strict=True):
-        panel = table[(table.measure == measure) & (table.bits == name)]
-        shown = list(dict.fromkeys(panel.method))
-        for index, method in enumerate(shown):
-            part = panel[panel.method == method]
-            colour, marker = styles.get(method, ("black", "o"))
-            step = 0.7 / max(1, len(methods))
-            places = [labels.index(label) + step * (index - (len(shown) - 1) / 2) for label in part[rows]]
-            spread = [part.difference - part.low, part.high - part.difference]
-            style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 4, "linewidth": 1}
-            axis.errorbar(part.difference, places, xerr=spread, label=method, **style)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(f"{measure}, {'full precision' if name == 'FP' else name}", fontsize="small")
+    for axis, (method, bits) in zip(axes[0], panels, strict=True):
+        part = table[(table.method == method) & (table.bits == bits)]
+        for row in part.itertuples():
+            kept = row.measure == "points lost"
+            ends = sorted((-sign if kept else sign) * value for value in (row.low, row.high))
+            colour = TOWARDS if ends[0] > 0 else AGAINST if ends[1] < 0 else UNDECIDED
+            place = labels.index(getattr(row, rows)) + (0.17 if kept else -0.17 if method != "FP" else 0)
+            axis.plot(ends, [place, place], color=colour, linewidth=2)
+            face = "white" if kept else colour
+            middle = (-sign if kept else sign) * row.difference
+            axis.plot(middle, place, marker="o", markersize=6, color=colour, markerfacecolor=face)
+        axis.axvline(0, color="black", linewidth=0.8, zorder=0)
         axis.grid(axis="y", linewidth=0.3)
+        axis.set_title("full precision" if method == "FP" else f"{method}, {bits}", fontsize="medium")
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()
-    figure.supxlabel(f"points against {against}", fontsize="small")
-    handles, names = axes[0, -1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    figure.suptitle(textwrap.fill(title, 22 * len(panels) + 20), fontweight="bold", fontsize="large")
+    figure.supxlabel(f"points; right: {claim}\nfilled: accuracy, hollow: points kept", fontsize="medium")
     return figure
+
+
+def label_ends(axis: Axes, ends: Mapping[str, float], x: float, *, apart: float) -> None:
+    """Names at the ends of lines, moved apart where they would lie on one another.
+
+    Args:
+        axis: drawn on, its limits set.
+        ends: variant to the height at which its line ends.
+        x: where the names begin.
+        apart: smallest distance between two, as a share of the axis.
+    """
+    low, high = axis.get_ylim()
+    gap, below = apart * (high - low), -float("inf")
+    for name, height in sorted(ends.items(), key=lambda entry: entry[1]):
+        below = max(height, below + gap)
+        axis.text(x, below, name, color=COLOURS[name], va="center", fontsize="small")
 
 
 def bit_widths(table: pd.DataFrame) -> list[str]:
