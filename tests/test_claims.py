@@ -260,7 +260,13 @@ def test_differences_print_as_zero_where_they_are_zero():
 
 def test_the_figure_shows_each_measured_claim_once(good):
     use_style()
-    figure = draw.claims(good)
-    labels = [text.get_text().replace("\n", " ") for text in figure.axes[0].get_yticklabels()]
     measured = good[good.verdict != NOT_MEASURED]
-    assert [label for label in labels if label in set(good.claim)] == measured.claim.tolist()
+    papers = measured.group == "paper"
+    for figure, own in ((draw.claims(good), measured[papers]), (draw.claims_ours(good), measured[~papers])):
+        labels = [text.get_text().replace("\n", " ") for text in figure.axes[0].get_yticklabels()]
+        assert sorted(label for label in labels if label in set(good.claim)) == sorted(own.claim)
+    assert papers.sum() <= 25  # rows that can be read
+
+
+def test_every_claim_of_the_paper_has_a_topic(good):
+    assert "Further claims" not in set(good[good.group == "paper"].source.map(draw._topic))

@@ -27,7 +27,7 @@ def _intervals_without_zero(differences: pd.DataFrame) -> str:
 
 def _settings_that_matter(differences: pd.DataFrame, bits: str) -> str:
     parts = []
-    for method in METHODS:
+    for method in (method for method in METHODS if method in _methods(differences, bits)):
         own = differences[(differences.method == method) & (differences.bits == bits)]
         own = own[own.measure == "accuracy"]
         away = int(((own.low > 0) | (own.high < 0)).sum())
@@ -46,9 +46,7 @@ def ablations(differences: pd.DataFrame) -> Figure:
         Full precision, and the weakest and strongest quantizer at the first low bit width; one row a setting.
     """
     named = differences.assign(label=differences.group + ": " + differences.setting)
-    bits = next(
-        name for name in bit_widths(differences) if name != "FP" and set(METHODS) <= _methods(differences, name)
-    )
+    bits = next(name for name in bit_widths(differences) if set(METHODS) & _methods(differences, name))
     return forest_panels(
         named,
         rows="label",

@@ -80,7 +80,15 @@ COLOUR_OF = {
 }
 TOPICS = {
     "Outliers and where they come from": ("abstract", "C "),
-    "What S2D buys at low bits": ("Table 11, abstract", "Table 6", "Tables 6, 11", "Table 9", "C; Table 10", "D"),
+    "What S2D buys at low bits": (
+        "Table 11, abstract",
+        "Table 6",
+        "Tables 6, 11",
+        "Table 8",
+        "Table 9",
+        "C; Table 10",
+        "D",
+    ),
     "What it does to a layer": ("Table 7",),
     "Its settings": ("Table 10", "Table 11", "G.2"),
 }
