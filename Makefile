@@ -26,15 +26,20 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo "variables:  SCALE=smoke|laptop|gpu (paper is refused with what it lacks)   FROM=store|scratch   CORES=$(CORES)"
+	@echo "            TORCH_BACKEND=cpu|cu128|... in the set-up (another torch than the registry's, which brings CUDA)"
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
+# pip takes the registry's torch, which on Linux brings CUDA; uv knows where each other build of torch is.
+INSTALL = $(if $(TORCH_BACKEND),$(PY) -m uv pip install --quiet --python $(PY) --torch-backend $(TORCH_BACKEND),$(PY) -m pip install --quiet --disable-pip-version-check)
+
 # The stamp carries the result: it is written last, so an interrupted installation starts again.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) with $$($(PYTHON) --version) (a few minutes, several GB with the CUDA build of torch)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,integrations,int8,models,book]'
+	$(if $(TORCH_BACKEND),$(PY) -m pip install --quiet --disable-pip-version-check uv)
+	$(INSTALL) -c constraints.txt -e '.[lab,dev,integrations,int8,models,book]'
 	@touch $@
 
 setup: $(VENV)/installed ## install everything into .venv (the other targets do it themselves)

@@ -259,7 +259,7 @@ def test_on_a_real_sentence_encoder_no_method_is_worse_than_rounding(bits: int) 
             mask = attention_mask[..., None].to(states.dtype)
             return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
-    words = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8").split()
+    words = Path(__file__).parents[1].joinpath("LICENSE").read_text(encoding="utf-8").split()
     texts = [" ".join(words[start : start + 18]) for start in range(0, 92 * 9, 9)]
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
     tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from s2d.lab.badges import main as badges_main
+from s2d.lab.badges import with_badges
+from s2d.lab.dependencies import closure, notebook_code, notebook_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,3 +100,33 @@ def test_core_never_imports_upwards():
         assert not re.search(r"(from|import) s2d\.(lab|integrations)", path.read_text()), path.name
     for path in (ROOT / "s2d" / "integrations").glob("*.py"):
         assert not re.search(r"(from|import) s2d\.(ptq|lab)", path.read_text()), path.name
+
+
+IMPORTED_AS = {"torch": "pytorch-cpu", "sklearn": "scikit-learn", "matplotlib": "matplotlib-base", "yaml": "pyyaml"}
+ON_USE = {"transformers", "open_clip", "onnx", "onnxruntime", "gguf", "snakemake"}  # refused by name where missing
+
+
+def test_binder_has_what_the_notebooks_import_and_no_cuda():
+    environment = yaml.safe_load((ROOT / "binder" / "environment.yml").read_text())
+    has = {re.split(r"[=<>]", name)[0] for name in environment["dependencies"]}
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    modules = {module for path in notebooks for module in notebook_modules(path)}
+    texts = [*map(notebook_code, notebooks), *(path.read_text() for path in closure(modules))]
+    wanted = set()
+    for node in (node for text in texts for node in ast.parse(text).body):  # at the top: imported by importing
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        wanted |= {name.split(".")[0] for name in names}
+    wanted -= set(sys.stdlib_module_names) | {"s2d"} | ON_USE
+    coming_along = {"IPython", "nbformat", "nbclient", "jupyter_client", "PIL", "scipy", "packaging", "jupyter_core"}
+    assert {IMPORTED_AS.get(name, name) for name in wanted - coming_along} <= has
+    assert not [name for name in has if "cuda" in name]
+
+
+def test_badges_are_put_in_once_and_a_strange_name_is_refused(capsys):
+    page = "# Title\n\nText."
+    once = with_badges(page, "a/b", "notebooks/00_by_hand.ipynb")
+    assert once.startswith("# Title\n\n<!-- badges -->") and once.endswith("Text.") and "mybinder.org/v2/gh/a/b" in once
+    assert with_badges(once, "c/d", "notebooks/00_by_hand.ipynb").count("c/d") == 2
+    assert badges_main(["not a repository"]) == 2
+    assert "give OWNER/NAME" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from s2d.lab.results import load_table
 
 PAGES = ("README.md", "RESULTS.md", "docs/real_networks.md")
 RUN = "laptop"
-BLOCK = re.compile(r"<!-- computed: (?P<name>[a-z0-9 _-]+) -->\n(?P<text>.*?)<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- computed: (?P<name>[a-z0-9 ,_-]+) -->\n(?P<text>.*?)<!-- end -->", re.DOTALL)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -54,9 +54,13 @@ def _lost(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> list[str]:
     return [mean_and_deviation(wide["FP", "FP"] - wide[cell]) for cell in cells]
 
 
-def fine_tuning() -> str:
-    """Accuracy of every arm in full precision and under RTN and ERQ, on the evidence seeds."""
+FEW = ("AdamW", "AdamW, tuned weight decay", "No PCDR", "S2D", "S2D, live")
+
+
+def fine_tuning(shown: Sequence[str] = ()) -> str:
+    """Accuracy of every arm (or of those ``shown``) in full precision and under RTN and ERQ, on the evidence seeds."""
     table = load_table("frontier", run=RUN)
+    table = table[table.variant.isin(shown)] if shown else table
     cells = [("FP", "FP"), ("RTN, symmetric", "W4A4"), ("ERQ", "W4A4"), ("ERQ", "W3A3")]
     header = ["fine-tuning", *(" ".join(dict.fromkeys(cell)) for cell in cells)]
     names = list(dict.fromkeys(table.variant))
@@ -207,6 +211,7 @@ def inputs() -> str:
 
 COMPUTED: dict[str, Callable[[], str]] = {
     "fine-tuning": fine_tuning,
+    "fine-tuning, five rows": lambda: fine_tuning(FEW),
     "points lost": points_lost,
     "testbed": testbed,
     "verdicts": verdicts,
