@@ -324,7 +324,7 @@ def _load(name: str) -> tuple[nn.Module, Any]:
     from s2d.models import load
 
     subject = load(name)
-    return subject.model.float(), subject.tokenizer
+    return subject.model.float(), subject.tokenizer()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

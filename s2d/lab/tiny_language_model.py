@@ -40,7 +40,7 @@ class Answerer(nn.Module):
 
 @dataclass(frozen=True)
 class TinyQwen:
-    """The model recipe: Qwen2's blocks (RMSNorm, rotary positions, grouped heads, SwiGLU, tied embeddings).
+    """The model recipe: Qwen2's blocks (RMSNorm, rotary positions, grouped heads, SwiGLU; embeddings not tied, as in its 7B).
 
     Attributes:
         width: of the residual stream.
@@ -73,7 +73,7 @@ class TinyQwen:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=self.tokens,
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
             attn_implementation="eager",
         )
         with torch.random.fork_rng(devices=[]):
