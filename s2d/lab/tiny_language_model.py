@@ -40,7 +40,7 @@ class Answerer(nn.Module):
 
 @dataclass(frozen=True)
 class TinyQwen:
-    """The model recipe: Qwen2's blocks (RMSNorm, rotary positions, grouped heads, SwiGLU; embeddings not tied, as in its 7B).
+    """The model recipe: Qwen2's blocks (RMSNorm, rotary positions, grouped heads, SwiGLU), embeddings not tied.
 
     Attributes:
         width: of the residual stream.

@@ -56,22 +56,20 @@ def vocabulary() -> tuple[str, ...]:
 
 
 @cache
-def _numbers(signs: tuple[int, ...]) -> np.ndarray:
-    """Every choice of numbers whose running total never leaves 0 to ``2 LARGEST``, in a fixed random order."""
-    every = np.array(list(itertools.product(range(1, LARGEST + 1), repeat=len(signs))))
-    totals = (every * np.array(signs)).cumsum(axis=1)
-    every = every[((totals >= 0) & (totals <= 2 * LARGEST)).all(axis=1)]
-    return every[np.random.default_rng(SPLIT_SEED).permutation(len(every))]
-
-
 def _of_split(signs: tuple[int, ...], split: str) -> np.ndarray:
-    """The choices of numbers of one split: no two splits share one, whatever the words around it."""
+    """The numbers of one split whose running total never leaves 0 to ``2 LARGEST``.
+
+    Numbers are shared out before signs are looked at: no two splits share any, whatever the words around them.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    numbers = _numbers(signs)
-    ends = (np.cumsum(list(SHARES.values())) * len(numbers)).astype(int)
-    bounds = dict(zip(SHARES, itertools.pairwise((0, *ends)), strict=True)) | {"train": (ends[-1], len(numbers))}
-    return numbers[slice(*bounds[split])]
+    every = np.array(list(itertools.product(range(1, LARGEST + 1), repeat=len(signs))))
+    every = every[np.random.default_rng(SPLIT_SEED).permutation(len(every))]
+    ends = (np.cumsum(list(SHARES.values())) * len(every)).astype(int)
+    bounds = dict(zip(SHARES, itertools.pairwise((0, *ends)), strict=True)) | {"train": (ends[-1], len(every))}
+    own = every[slice(*bounds[split])]
+    totals = (own * np.array(signs)).cumsum(axis=1)
+    return own[((totals >= 0) & (totals <= 2 * LARGEST)).all(axis=1)]
 
 
 def problems(kind: str, split: str, n: int, *, seed: Sequence[int]) -> list[Problem]:
