@@ -72,6 +72,7 @@ class Rounding(Picture):
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.x = x[:: max(1, -(-x.numel() // ENTRIES))].float()
+        self.which = "" if len(self.x) == len(x) else " (of a sample)"
         histogram, errors = self.figure.subplots(1, 2, width_ratios=(5, 3))
         counts, edges = np.histogram(self.x.numpy(), bins=120)
         histogram.stairs(counts, edges, fill=True, color=GREY, alpha=0.6)
@@ -104,6 +105,6 @@ class Rounding(Picture):
         zeroed = ((values == 0) & (self.x != 0)).float().mean().item()
         of = "the grid" if granularity == "per tensor" else f"the first {granularity.split()[1]}'s grid"
         return (
-            f"At {bits} bits {granularity}, {grid}, {clip:.0%} of the range: relative error {now:.3f}, {zeroed:.0%} of "
-            f"the entries become 0 ({of} has steps of {step:.3f})."
+            f"At {bits} bits {granularity}, {grid}, {clip:.0%} of the range: relative error {now:.3f}{self.which}, "
+            f"{zeroed:.0%} of the entries become 0 ({of} has steps of {step:.3f})."
         )
