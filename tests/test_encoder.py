@@ -229,6 +229,16 @@ def test_a_search_is_measured_resumed_and_read(small, tmp_path, monkeypatch, cap
     pd.testing.assert_frame_equal(pd.read_csv(small / "tuning.csv"), table)
 
 
+def test_a_key_of_digits_alone_stays_a_key(small, tmp_path) -> None:
+    """Read as a number it loses its leading zero, and the network is measured again at every run."""
+    for key in ("0733815309136331", "57381530e9136331"):
+        row = {"method": "FP", "bits": "FP", "accuracy": 0.5, "key": key}
+        path = encoder._row_file(key, "tuning")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame([row]).to_csv(path, index=False)
+    assert set(encoder.known_rows("tuning").key) == {"0733815309136331", "57381530e9136331"}
+
+
 def test_the_whole_study_takes_what_the_search_chose(small, capsys) -> None:
     encoder.main(["all"])
     best = encoder.best_settings()

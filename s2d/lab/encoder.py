@@ -297,7 +297,8 @@ def known_rows(stage: str) -> pd.DataFrame:
     """
     files = [root / _table_file(stage) for root in {output_root(), repository_root()}]
     files += sorted(_row_file("", stage).parent.glob(f"{stage}-*.csv"))
-    tables = [pd.read_csv(path) for path in files if path.is_file()]
+    # A key of digits alone (or with an e among them) is no number.
+    tables = [pd.read_csv(path, dtype={"key": str}) for path in files if path.is_file()]
     if not tables:
         return pd.DataFrame(columns=["variant", "seed", "key", "method", "bits"])
     rows = pd.concat(tables)
