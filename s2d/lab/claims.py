@@ -49,8 +49,8 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     Args:
         tables: ``laptop/testbed``, ``origins_interventions``, ``origins_correlation``, ``bound``, ``ptq_conditioning``,
-            ``frontier``, ``frontier_outliers``, ``ablation_layers``, ``ablations`` and ``staleness``, as the notebooks
-            and :mod:`s2d.lab.testbed` write them.
+            ``frontier``, ``frontier_outliers``, ``ablation_layers``, ``ablations``, ``staleness`` and
+            ``language/tiny``, as the notebooks, :mod:`s2d.lab.testbed` and :mod:`s2d.lab.language` write them.
 
     Returns:
         Columns group (of ``GROUPS``), claim, source, reported (as printed), reported_size (in ``unit``, where the paper
@@ -70,6 +70,7 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         staleness_claim(tables["staleness"]),
         rotation_claim(tables["ptq_conditioning"]),
         *elsewhere_claims(),
+        language_claim(tables["language/tiny"]),
         *arm_claims(tables["frontier"], tables["frontier_outliers"]),
         *theorem_claims(tables["bound"], tables["ptq_conditioning"]),
     ]
@@ -606,8 +607,6 @@ def elsewhere_claims() -> list[dict]:
     table8 = load_paper_table(8)
     wide = table8.pivot(index="bits", columns="variant", values="value").loc[["W8A8", "W6A6", "W5A5"]]
     gains = _named(wide["S2D"] - wide["AdamW"])
-    table9 = load_paper_table(9).pivot(index="bits", columns="variant", values="value")
-    cost = f"{table9['S2D']['FP'] - table9['Baseline']['FP']:+.1f} in full precision"
     nothing = pd.Series(dtype=float)
     return [
         _row(
@@ -618,15 +617,40 @@ def elsewhere_claims() -> list[dict]:
             reported=gains,
             details="no self-supervised pretraining at this scale",
         ),
-        _row(
-            "S2D carries over to a language model with the hyper-parameters of vision",
-            "Table 9",
-            nothing,
-            "points",
-            reported=f"gains under RTN, {cost}",
-            details="no language model at this scale",
-        ),
     ]
+
+
+def language_claim(tiny: pd.DataFrame) -> dict:
+    """Table 9: S2D with the hyper-parameters of vision, on a language model under round-to-nearest.
+
+    Args:
+        tiny: of :func:`s2d.lab.language.tiny_table`.
+    """
+    table9 = load_paper_table(9).pivot(index="bits", columns="variant", values="value")
+    gains = table9["S2D"] - table9["Baseline"]
+    widths = ["W8A8", "W7A7", "W6A6"]
+    wide = 100 * tiny.pivot(index=["grid", "bits", "seed"], columns="variant", values="exact_match")
+    gain = wide[AS_PRINTED] - wide["AdamW"]
+    tuned = wide["S2D"] - wide["AdamW"]
+    return _row(
+        "S2D carries over to a language model with the hyper-parameters of vision (exact match under round-to-nearest "
+        "at W8A8 to W6A6, less AdamW's)",
+        "Table 9",
+        gain.loc["asymmetric"].loc[widths].groupby("seed").mean(),
+        "points",
+        reported=f"{_named(gains[widths])}; {gains['FP']:+.1f} in full precision",
+        size=float(gains[widths].mean()),
+        details=_listed(
+            [
+                "a tiny Qwen2 on word problems",
+                f"in full precision {_interval(gain.loc['none'].loc['FP'])}",
+                f"symmetric grid {_interval(gain.loc['symmetric'].loc[widths].groupby('seed').mean())}",
+                f"W4A4 {_interval(gain.loc['asymmetric'].loc['W4A4'])}",
+                f"with this companion's lam and tau of vision "
+                f"{_interval(tuned.loc['asymmetric'].loc[widths].groupby('seed').mean())}",
+            ]
+        ),
+    )
 
 
 # --- true by construction ---------------------------------------------------------------------------------------------

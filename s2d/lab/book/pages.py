@@ -32,6 +32,7 @@ SECTIONS = {
     "ablations": "One setting at a time",
     "frontier": "Every way of fine-tuning",
     "real": "Real networks",
+    "language": "Language models",
     "claims": "The paper's claims",
 }
 

@@ -82,9 +82,21 @@ def sections() -> dict[str, list[PublishedFigure]]:
         >>> [figure.name for figure in sections()["bound"]]
         ['bound_tightness', 'pcdr_layers', 'pcdr_correlation']
     """
-    from s2d.lab.figures import ablations, bound, claims, evidence, finetuning, frontier, origins, ptq, real, testbed
+    from s2d.lab.figures import (
+        ablations,
+        bound,
+        claims,
+        evidence,
+        finetuning,
+        frontier,
+        language,
+        origins,
+        ptq,
+        real,
+        testbed,
+    )
 
-    modules = (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier, real, claims)
+    modules = (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier, real, language, claims)
     names = [module.__name__ for module in modules]
     return {name.rpartition(".")[2]: [f for f in _FIGURES if f.draw.__module__ == name] for name in names}
 
