@@ -173,13 +173,13 @@ def test_groups_stand_in_order_and_the_paper_alone_is_counted(good):
     assert list(dict.fromkeys(good.group)) == list(GROUPS)
     paper = good[good.group == "paper"]
     assert headline(good) == (
-        f"Of {len(paper)} independent claims of the paper {len(paper) - 2} can be measured here: "
-        f"{len(paper) - 2} reproduced; 2 cannot."
+        f"Of {len(paper)} independent claims of the paper {len(paper) - 1} can be measured here: "
+        f"{len(paper) - 1} reproduced; 1 cannot."
     )
     assert good[good.group == "theorem"].source.tolist() == ["Theorem 1", "D"]
     assert undecided_share(good) == 0
     changed = good.assign(verdict=good.verdict.where(good.claim != paper.claim.iloc[0], "undecided"))
-    assert "reproduced, 1 undecided; 2 cannot." in headline(changed)
+    assert "reproduced, 1 undecided; 1 cannot." in headline(changed)
     assert undecided_share(changed) == pytest.approx(1 / (len(good) - 2))
 
 

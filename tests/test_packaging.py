@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -130,3 +132,36 @@ def test_badges_are_put_in_once_and_a_strange_name_is_refused(capsys):
     assert with_badges(once, "c/d", "notebooks/00_by_hand.ipynb").count("c/d") == 2
     assert badges_main(["not a repository"]) == 2
     assert "give OWNER/NAME" in capsys.readouterr().err
+
+
+def test_a_wheel_out_of_an_sdist_works_where_the_repository_is_not(tmp_path):
+    def run(*command, cwd):
+        made = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr
+        return made.stdout
+
+    build = "from setuptools import build_meta; build_meta.build_{kind}({folder!r})"
+    run("-c", build.format(kind="sdist", folder=str(tmp_path)), cwd=ROOT)
+    (archive,) = tmp_path.glob("s2d-*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    run("-c", build.format(kind="wheel", folder=str(tmp_path)), cwd=source)
+    (wheel,) = tmp_path.glob("s2d-*.whl")
+    target = tmp_path / "installed"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
+    # -I: neither this folder nor the editable installation's paths come before it.
+    code = f"import sys; sys.path.insert(0, {str(target)!r}); import s2d, s2d.ptq, s2d.command; print(s2d.__file__)"
+    assert run("-I", "-c", code, cwd=tmp_path).strip() == str(target / "s2d" / "__init__.py")
+    packages = {path.parent.relative_to(ROOT / "s2d") for path in (ROOT / "s2d").rglob("__init__.py")}
+    assert packages == {path.parent.relative_to(target / "s2d") for path in (target / "s2d").rglob("__init__.py")}
+
+
+def test_what_describes_the_project_elsewhere_agrees_with_it(project):
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "s2d" / "__init__.py").read_text())[1]
+    assert f'version: "{version}"' in (ROOT / "CITATION.cff").read_text()
+    zenodo = json.loads((ROOT / ".zenodo.json").read_text())
+    assert zenodo["license"] == project["license"] and zenodo["keywords"] == project["keywords"]
+    container = (ROOT / "Dockerfile").read_text()
+    assert (
+        f"python:{project['requires-python'].removeprefix('>=')}-" in container and "make TORCH_BACKEND=" in container
+    )
