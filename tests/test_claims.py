@@ -180,7 +180,7 @@ def test_groups_stand_in_order_and_the_paper_alone_is_counted(good):
     assert undecided_share(good) == 0
     changed = good.assign(verdict=good.verdict.where(good.claim != paper.claim.iloc[0], "undecided"))
     assert "reproduced, 1 undecided; 1 cannot." in headline(changed)
-    assert undecided_share(changed) == pytest.approx(1 / (len(good) - 2))
+    assert undecided_share(changed) == pytest.approx(1 / (len(good) - 1))
 
 
 def test_effects_smaller_than_a_point_are_equivalent_where_points_are_measured():
