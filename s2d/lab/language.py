@@ -16,16 +16,20 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2d.files import write_text
 from s2d.lab.evaluate import Checkpoints, each, outlier_table
+from s2d.lab.paths import output_root
 from s2d.lab.quantization import logit_error, logits_of
 from s2d.lab.recipes import AS_PRINTED, EVIDENCE_SEEDS, SETTINGS, arm
 from s2d.lab.results import provenance, save_table
@@ -191,6 +195,7 @@ def run_tiny(seeds: Sequence[int] = SEEDS, variants: Sequence[str] = VARIANTS) -
 
 # --- a published model ------------------------------------------------------------------------------------------------
 
+PUBLISHED_S2D = "S2D, paper's lam and tau"
 PROMPT = "Question: {question}\nAnswer:"
 LENGTH = 48
 
@@ -300,24 +305,35 @@ def run_published(
     Returns:
         Columns model, training, bits, problems, seed, exact_match, perplexity.
     """
-    rows = []
-    for training, lam in (("none", None), ("AdamW", None), ("S2D, paper's lam and tau", 5e-4)):
-        model, tokenizer = load(name)
-        if training != "none":
-            folder = Path("build") / "language" / name
-            finetune(model.train(), tokenizer, folder, steps=steps, lr=1e-4, seed=seed, lam=lam)
-        model.eval()
-        test = encode(tokenizer, problems("two steps", "test", n, seed=[0]))
-        calibration = encode(tokenizer, problems("two steps", "calibration", 32, seed=[0]))
-        calibration = {key: calibration[key] for key in ("input_ids", "attention_mask")}
-        settings = [{"w_bits": 8, "a_bits": 8}, {"w_bits": 7, "a_bits": 7}, {"w_bits": 6, "a_bits": 6}]
-        same = {"model": name, "training": training, "problems": n, "seed": seed}
-        rows.append(same | {"bits": "FP"} | answers_of(model, test))
-        print(rows[-1], file=sys.stderr)
-        for width, quantized in zip(BITS[:3], quantize_each(model, settings, calibration=calibration), strict=True):
-            rows.append(same | {"bits": width} | answers_of(quantized, test))
-            print(rows[-1], file=sys.stderr)
-    return pd.DataFrame(rows)
+    folder = output_root() / "build" / "language"
+    parts = []
+    for training, lam in (("none", None), ("AdamW", None), (PUBLISHED_S2D, 5e-4)):
+        # What an interrupted run has measured is there; the name says what it depends on.
+        file = folder / f"{quote(name, safe='')}-{quote(training, safe='')}-{steps}-{seed}-{n}.csv"
+        if not file.is_file():
+            model, tokenizer = load(name)
+            if training != "none":
+                finetune(model.train(), tokenizer, folder / "trainer", steps=steps, lr=1e-4, seed=seed, lam=lam)
+            same = {"model": name, "training": training, "problems": n, "seed": seed}
+            write_text(
+                file, pd.DataFrame([same | row for row in _under_each(model.eval(), tokenizer, n)]).to_csv(index=False)
+            )
+        parts.append(pd.read_csv(file, keep_default_na=False))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _under_each(model: nn.Module, tokenizer: Any, n: int) -> Iterator[dict[str, Any]]:
+    """Full precision and Table 9's widths, said as they come."""
+    test = encode(tokenizer, problems("two steps", "test", n, seed=[0]))
+    calibration = encode(tokenizer, problems("two steps", "calibration", 32, seed=[0]))
+    calibration = {key: calibration[key] for key in ("input_ids", "attention_mask")}
+    settings = [dict(zip(("w_bits", "a_bits"), parse_bits(width), strict=True)) for width in BITS[:3]]
+    for width, found in zip(
+        ("FP", *BITS[:3]), chain([model], quantize_each(model, settings, calibration=calibration)), strict=True
+    ):
+        row = {"bits": width} | answers_of(found, test)
+        print(row, file=sys.stderr)
+        yield row
 
 
 def _load(name: str) -> tuple[nn.Module, Any]:
