@@ -138,7 +138,7 @@ def test_the_stage_is_made_anew(tmp_path):
 
 def test_claims_with_angles_and_without_numbers():
     row = {"group": "paper", "claim": "a < b", "source": "A", "reported": None, "measured": None, "low": None}
-    row |= {"high": None, "unit": "", "seeds": None, "verdict": "not measured", "details": None}
+    row |= {"high": None, "unit": "", "seeds": None, "verdict": "not measured", "details": None, "real_checkpoints": ""}
     text = claims(pd.DataFrame([row]))
     assert "a &lt; b" in text and "data-verdict='not measured'" in text and "nan" not in text
 

@@ -127,8 +127,22 @@ def synthetic_tables(gain: float) -> dict[str, pd.DataFrame]:
         for bits in widths
         for seed in SEEDS
     ]
+    published = [
+        {
+            "model": "m",
+            "training": training,
+            "bits": bits,
+            "problems": 9,
+            "exact_match": 0.5 + gain * (training == "S2D"),
+        }
+        for training in ("none", "AdamW", "S2D")
+        for bits in ("FP", *TABLE_9)
+    ]
+    conditioned = {"network": "n", "form": ["S2D, as printed", "cap"], "max_abs_before": 9.0, "max_abs": 9.0 - gain}
     return {
         "language/tiny": pd.DataFrame(tiny),
+        "language/smollm2": pd.DataFrame(published),
+        "real/conditioning": pd.DataFrame(conditioned | {"sigma_1_before": 2.0, "sigma_1": 2.0 - gain}),
         "laptop/testbed": growth_runs(gain),
         "origins_interventions": interventions(gain),
         "origins_correlation": correlations(gain),
@@ -279,3 +293,11 @@ def test_the_figure_shows_each_measured_claim_once(good):
 
 def test_every_claim_of_the_paper_has_a_topic(good):
     assert "Further claims" not in set(good[good.group == "paper"].source.map(draw._topic))
+
+
+def test_what_was_seen_on_real_checkpoints_stands_beside_the_claim_and_decides_nothing(good):
+    seen = good.set_index("claim").real_checkpoints
+    seen = seen[seen != ""]
+    assert len(seen) == 3 and all("one seed" in text for text in seen)
+    assert "as printed 9 to 8.9" in seen["S2D lowers the largest activation of the feed-forward layers"]
+    assert "W8A8 +10.0" in seen.filter(like="language model").iloc[0]

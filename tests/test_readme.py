@@ -33,7 +33,7 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", [*GUIDES, "RESULTS.md", "CONTRIBUTING.md", "figures/README.md", "data/laptop/README.md"]
+    "page", [*GUIDES, "RESULTS.md", "REPRODUCING.md", "CONTRIBUTING.md", "figures/README.md", "data/laptop/README.md"]
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page

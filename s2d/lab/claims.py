@@ -49,16 +49,17 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     Args:
         tables: ``laptop/testbed``, ``origins_interventions``, ``origins_correlation``, ``bound``, ``ptq_conditioning``,
-            ``frontier``, ``frontier_outliers``, ``ablation_layers``, ``ablations``, ``staleness`` and
-            ``language/tiny``, as the notebooks, :mod:`s2d.lab.testbed` and :mod:`s2d.lab.language` write them.
+            ``frontier``, ``frontier_outliers``, ``ablation_layers``, ``ablations``, ``staleness``, ``language/tiny``,
+            ``language/smollm2`` and ``real/conditioning``, as the notebooks, :mod:`s2d.lab.testbed`,
+            :mod:`s2d.lab.language` and :mod:`s2d.lab.real_networks` write them.
 
     Returns:
         Columns group (of ``GROUPS``), claim, source, reported (as printed), reported_size (in ``unit``, where the paper
         has a number for it), measured (mean over seeds; above zero is what the claim says), low, high (95 % interval),
         measured_std, unit, seeds (how many), which_seeds, verdict (of :data:`s2d.lab.statistics.VERDICTS`, in the words
         of ``OWN_WORDS`` outside the group "paper", or ``"not measured"``), excludes_size ("yes" or "no": whether the
-        interval leaves out the reported size; empty where there is none), details, real_checkpoints (whether the same
-        holds on published networks: empty, a later study fills it).
+        interval leaves out the reported size; empty where there is none), details, real_checkpoints (what was seen
+        of the same on published networks, in words: one seed each, no verdict; empty where nothing was).
     """
     rows = [
         *growth_claims(tables["laptop/testbed"]),
@@ -74,7 +75,11 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         *arm_claims(tables["frontier"], tables["frontier_outliers"]),
         *theorem_claims(tables["bound"], tables["ptq_conditioning"]),
     ]
-    table = pd.DataFrame(rows).assign(real_checkpoints="")
+    table = pd.DataFrame(rows)
+    seen = on_real_checkpoints(tables["real/conditioning"], tables["language/smollm2"])
+    table["real_checkpoints"] = [
+        "; ".join(text for part, text in seen.items() if part in claim) for claim in table.claim
+    ]
     return table.sort_values("group", key=lambda g: g.map(GROUPS.index), kind="stable", ignore_index=True)
 
 
@@ -651,6 +656,36 @@ def language_claim(tiny: pd.DataFrame) -> dict:
             ]
         ),
     )
+
+
+def on_real_checkpoints(conditioning: pd.DataFrame, published: pd.DataFrame) -> dict[str, str]:
+    """What was seen on networks that somebody else trained, by a part of the claim's sentence.
+
+    Args:
+        conditioning: of :func:`s2d.lab.real_networks.conditioning_table`.
+        published: of :func:`s2d.lab.language.run_published`.
+    """
+    runs = conditioning[conditioning.form.str.startswith("S2D")]
+    falls = {
+        name: ", ".join(
+            f"{row.form.removeprefix('S2D, ')} {getattr(row, f'{column}_before'):.3g} to {getattr(row, column):.3g}"
+            for row in runs.itertuples()
+        )
+        for name, column in (("the largest activation of", "max_abs"), ("the largest singular value of", "sigma_1"))
+    }
+    seen = {
+        f"S2D lowers {name}": f"{runs.network.iloc[0]} conditioned without labels, one seed: {text}"
+        for name, text in falls.items()
+    }
+    wide = 100 * published.pivot(index="bits", columns="training", values="exact_match")
+    trained = [name for name in wide if name not in ("none", "AdamW")]
+    gain = wide[trained[0]] - wide["AdamW"]
+    widths = ["W8A8", "W7A7", "W6A6"]
+    seen["S2D carries over to a language model"] = (
+        f"{published.model.iloc[0]}, {published.problems.iloc[0]} problems, one seed: "
+        f"{_named(gain[widths])}; {gain['FP']:+.1f} in full precision"
+    )
+    return seen
 
 
 # --- true by construction ---------------------------------------------------------------------------------------------

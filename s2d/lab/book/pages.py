@@ -80,7 +80,7 @@ def _figure(figure: PublishedFigure, writers: dict[str, str], root: Path, stage:
 def claims(table: pd.DataFrame) -> str:
     """The claims table, each row with its verdict; ``claims.js`` lets a reader filter it."""
     shown = {
-        "claim": [escape(row.claim) + _small(row.details) for row in table.itertuples()],
+        "claim": [escape(r.claim) + _small(r.details) + _small(r.real_checkpoints) for r in table.itertuples()],
         "source": table.source.map(escape),
         "the paper": table.reported.fillna("").astype(str).map(escape),
         "here": [escape(_measured(row)) for row in table.itertuples()],
@@ -103,7 +103,7 @@ def claims(table: pd.DataFrame) -> str:
 
 
 def _small(details: object) -> str:
-    return "" if pd.isna(details) else f"<small>{escape(str(details))}</small>"
+    return "" if pd.isna(details) or not details else f"<small>{escape(str(details))}</small>"
 
 
 def _measured(row: object) -> str:

@@ -21,6 +21,7 @@ from s2d.lab.moving.picture import MOVING
 PAGES = (
     "README.md",
     "RESULTS.md",
+    "REPRODUCING.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/*.md",
