@@ -94,10 +94,10 @@ def attributes(tree: ast.AST) -> frozenset[str]:
 
 
 def upward_imports(module: str, trees: dict[str, ast.AST]) -> list[str]:
-    """Where a module imports from a layer that may only know of it."""
-    allowed = {"s2d.integrations": {"s2d", "s2d.integrations"}}.get(
-        LAYERS[layer(module)], set(LAYERS[: layer(module) + 1]) - {"s2d.integrations"}
-    )
+    """Where a module imports from a layer that may only know of it; of the integrations only the lab, a user, knows."""
+    own = LAYERS[layer(module)]
+    below = set(LAYERS[: layer(module) + 1])
+    allowed = {"s2d.integrations": {"s2d", own}, "s2d.lab": below}.get(own, below - {"s2d.integrations"})
     return [
         f"{module}:{line} imports {source}"
         for source, _, _, line in imports(trees[module], set(trees))

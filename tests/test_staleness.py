@@ -141,7 +141,8 @@ def test_rows_of_the_table(recipe):
     assert first.cosine.min() > 0.999 and first.coefficient.tolist() == pytest.approx(first.sigma_1.tolist(), rel=1e-3)
     again = staleness_table([recipe], modes, steps=6, refresh_every=4, every=3)
     pd.testing.assert_frame_equal(table, again)
-    assert len(draw.staleness(table).axes) == 2
+    rows = draw.staleness(table).axes[0].get_yticklabels()
+    assert [tick.get_text() for tick in rows] == list(modes)
     assert len(draw.overshoot(table).axes) == 2  # one of the two modes is at rest
 
 

@@ -117,7 +117,8 @@ def staleness(table: pd.DataFrame) -> Figure:
         table: columns mode, step, age, cosine (by layer and seed).
     """
     first = table[table.age == table.step]
-    ages = [first.age.max() // 2, first.age.max()]
+    oldest = first.age.max()
+    ages = [min(first.age.unique(), key=lambda age: abs(age - oldest / 2)), oldest]
     modes = list(dict.fromkeys(table["mode"]))
     means = first.groupby(["age", "mode"]).cosine.mean()
     figure, axis = plt.subplots(figsize=(8, 0.5 * len(modes) + 1.6))

@@ -149,7 +149,7 @@ def _evidence(parts: Mapping[str, pd.DataFrame], title: str) -> Figure:
         axis.plot(row.measured / unit, place, color=colour, marker="o", markersize=6)
         reported = f" (paper {row.reported_size:+.3g})" if pd.notna(row.reported_size) else ""
         axis.text(1.08, place, row.verdict, va="center", fontsize="small", color=colour, fontweight="bold")
-        axis.text(1.68, place, f"{row.measured:+.2g} {row.unit}{reported}", va="center", fontsize="small")
+        axis.text(1.68, place, f"{row.measured:+.3g} {row.unit}{reported}", va="center", fontsize="small")
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [textwrap.fill(name, 76, break_on_hyphens=False) for name, _ in rows])
     for tick, (_, row) in zip(axis.get_yticklabels(), rows, strict=True):

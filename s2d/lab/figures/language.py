@@ -69,20 +69,20 @@ def _published(table: pd.DataFrame) -> str:
 def language_published(table: pd.DataFrame) -> Figure:
     """SmolLM2 before and after fine-tuning: exact match and perplexity of answers under round-to-nearest, one seed."""
     bits = list(dict.fromkeys(table.bits))
-    colours = {"none": "#7a7a7a", "AdamW": COLOURS["AdamW"]}
+    # The two that were fine-tuned end near one another: one name above its point, one below.
+    styles = {"none": ("#7a7a7a", "center"), "AdamW": (COLOURS["AdamW"], "bottom")}
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
     for axis, (column, label) in zip(
         axes, (("exact_match", "exact match (%)"), ("perplexity", "perplexity")), strict=True
     ):
         for training, own in table.groupby("training", sort=False):
             values = own.set_index("bits")[column].loc[bits] * (100 if column == "exact_match" else 1)
-            colour = colours.get(training, COLOURS["S2D"])
+            colour, place = styles.get(training, (COLOURS["S2D"], "top"))
             axis.plot(range(len(bits)), values, color=colour, marker="o")
             name = "before" if training == "none" else f"after {training.split(',')[0]}"
-            axis.text(len(bits) - 0.9, values.iloc[-1], name, color=colour, va="center", fontsize="small")
+            axis.text(len(bits) - 0.9, values.iloc[-1], name, color=colour, va=place, fontsize="small")
         axis.set_xticks(range(len(bits)), bits)
         axis.set(xlim=(-0.2, len(bits) + 0.2), ylabel=label)
-    axes[1].set_yscale("log")
     wide = table.pivot(index="training", columns="bits", values="perplexity")
     ratio = (wide[SHOWN] / wide["FP"]).min()
     figure.suptitle(
