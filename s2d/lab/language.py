@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from s2d.files import write_text
 from s2d.lab.evaluate import Checkpoints, each, outlier_table
 from s2d.lab.paths import output_root
-from s2d.lab.quantization import logit_error, logits_of
+from s2d.lab.quantization import logit_error, logits_of, setting
 from s2d.lab.recipes import AS_PRINTED, EVIDENCE_SEEDS, SETTINGS, arm
 from s2d.lab.results import provenance, save_table
 from s2d.lab.store import obtain_checkpoints
@@ -160,10 +160,7 @@ def tiny_table(checkpoints: Checkpoints, bits: Sequence[str] = BITS, *, n: int =
         model, data = trained.model(), trained.recipe.data
         x, y = data.fixed_set("test", n)
         full = logits_of(model, x)
-        settings = [
-            dict(zip(("w_bits", "a_bits"), parse_bits(width), strict=True)) | {"symmetric": grid == "symmetric"}
-            for grid, width in cells
-        ]
+        settings = [setting(parse_bits(width), symmetric=grid == "symmetric") for grid, width in cells]
         calibration = data.fixed_set("calibration", CALIBRATION)[0]
         found = [logits_of(quantized, x) for quantized in quantize_each(model, settings, calibration=calibration)]
         for (grid, width), logits in zip((("none", "FP"), *cells), (full, *found), strict=True):
@@ -327,7 +324,7 @@ def _under_each(model: nn.Module, tokenizer: Any, n: int) -> Iterator[dict[str, 
     test = encode(tokenizer, problems("two steps", "test", n, seed=[0]))
     calibration = encode(tokenizer, problems("two steps", "calibration", 32, seed=[0]))
     calibration = {key: calibration[key] for key in ("input_ids", "attention_mask")}
-    settings = [dict(zip(("w_bits", "a_bits"), parse_bits(width), strict=True)) for width in BITS[:3]]
+    settings = [setting(parse_bits(width)) for width in BITS[:3]]
     for width, found in zip(
         ("FP", *BITS[:3]), chain([model], quantize_each(model, settings, calibration=calibration)), strict=True
     ):

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from s2d.files import write_folder_atomically
 from s2d.lab.book.pages import write_pages
-from s2d.lab.book.stage import replace_folder, stage
+from s2d.lab.book.stage import stage
 from s2d.lab.paths import repository_root
 
 DEFAULT = "build/book"
@@ -28,15 +29,18 @@ def build(target: Path) -> Path:
         RuntimeError: with what Sphinx said, if it failed; the old site is still there.
     """
     root = repository_root()
-    source, made = target.with_name(f"{target.name}.source"), target.with_name(f"{target.name}.new")
+    source = target.with_name(f"{target.name}.source")
     stage(root, source)
     write_pages(source)
-    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "--jobs", "auto"]
-    command += ["-E", "-b", "html", "-d", f"{target}.doctrees", "-c", f"{root}/docs/book", f"{source}", f"{made}"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"Sphinx did not build the book:\n{run.stderr.strip() or run.stdout.strip()}")
-    replace_folder(made, target)
+
+    def made(folder: Path) -> None:
+        command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "--jobs", "auto"]
+        command += ["-E", "-b", "html", "-d", f"{target}.doctrees", "-c", f"{root}/docs/book", f"{source}", f"{folder}"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"Sphinx did not build the book:\n{run.stderr.strip() or run.stdout.strip()}")
+
+    write_folder_atomically(target, made, overwrite=True)
     return target / "index.html"
 
 

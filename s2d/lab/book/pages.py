@@ -10,8 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from s2d.lab.book.stage import bring
-from s2d.lab.dependencies import notebook_code, saved_tables
-from s2d.lab.figures.registry import PublishedFigure, sections
+from s2d.lab.figures.registry import PublishedFigure, sections, table_writers
 from s2d.lab.paths import repository_root
 from s2d.lab.results import load_table
 
@@ -48,9 +47,7 @@ def write_pages(stage: Path) -> None:
 
 def gallery(stage: Path) -> str:
     """Every published figure under its finding, with the notebook and the tables that it comes from."""
-    root = repository_root()
-    notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    writers = {table: path.stem for path in notebooks for table in saved_tables(notebook_code(path))}
+    root, writers = repository_root(), table_writers()
     parts = [
         "# Gallery: every figure under its finding",
         "Each finding is computed from the tables named below its figure; "
@@ -68,8 +65,8 @@ def _figure(figure: PublishedFigure, writers: dict[str, str], root: Path, stage:
     for file in (picture, *files):
         bring(file, root, stage)
     finding = figure.finding(*(load_table(name, run=RUN) for name in figure.tables))
-    measured = dict.fromkeys(writers[name] for name in figure.tables if name in writers)
-    sources = [f"[{file.name}]({file})" for file in files] + [f"[{name}](notebooks/{name}.ipynb)" for name in measured]
+    sources = [f"[{file.name}]({file})" for file in files]
+    sources += [f"[{name}](notebooks/{name}.ipynb)" for name in figure.measured_by(writers)]
     alternative = figure.caption.replace("`", "").replace("[", "(").replace("]", ")")
     return (
         f"### {figure.name.replace('_', ' ')}\n\n{finding}\n\n![{alternative}]({picture})\n\n"

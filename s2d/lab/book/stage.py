@@ -65,12 +65,6 @@ def stage(root: Path, target: Path) -> None:
         shutil.copyfile(page, target / page.name)
 
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Put a finished folder in another's place."""
-    shutil.rmtree(old, ignore_errors=True)
-    new.replace(old)
-
-
 def bring(file: Path, root: Path, target: Path) -> None:
     """Copy a file of the repository to its place in the stage, once."""
     made = target / file

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from s2d.lab.figures.registry import published
 from s2d.lab.figures.style import COLOURS, forest_panels
-from s2d.lab.frontier import compare
+from s2d.lab.frontier import comparisons
 from s2d.lab.recipes import AS_PRINTED
 from s2d.lab.statistics import points_lost
 
@@ -29,9 +29,7 @@ def by_quantizer(tiny: pd.DataFrame) -> pd.DataFrame:
 
 def against_adamw(tiny: pd.DataFrame) -> pd.DataFrame:
     """Every other arm minus AdamW, within seeds, in exact match and in points lost."""
-    table = by_quantizer(tiny)
-    arms = [variant for variant in dict.fromkeys(table.variant) if variant != "AdamW"]
-    return pd.concat([compare(table, arm, "AdamW") for arm in arms], ignore_index=True)
+    return comparisons(by_quantizer(tiny), ["AdamW"])
 
 
 def _carries_over(tiny: pd.DataFrame) -> str:

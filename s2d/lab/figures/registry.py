@@ -7,7 +7,7 @@ notebook, the batch and ``figures/README.md`` follow.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,14 @@ class PublishedFigure:
     def caption(self) -> str:
         """The first line of the function's docstring."""
         return inspect.getdoc(self.draw).splitlines()[0]
+
+    def measured_by(self, writers: Mapping[str, str]) -> list[str]:
+        """The notebooks that write its tables, each once.
+
+        Args:
+            writers: from :func:`table_writers`.
+        """
+        return list(dict.fromkeys(writers[name] for name in self.tables if name in writers))
 
 
 _FIGURES: list[PublishedFigure] = []
@@ -130,13 +138,18 @@ def draw_all(section: str, *, run: str) -> list[Path]:
     return written
 
 
+def table_writers() -> dict[str, str]:
+    """Each table that a notebook writes, to the stem of that notebook."""
+    notebooks = sorted((repository_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return {table: path.stem for path in notebooks for table in saved_tables(notebook_code(path))}
+
+
 def index() -> str:
     """The text of ``figures/README.md``: every figure, where its tables come from, what of the paper it is about."""
-    notebooks = sorted((repository_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    writers = {table: path.stem for path in notebooks for table in saved_tables(notebook_code(path))}
+    writers = table_writers()
     rows = [
         f"| `{figure.name}` | {figure.caption} | {', '.join(f'`{name}.csv`' for name in figure.tables)} "
-        f"| {', '.join(dict.fromkeys(writers[name] for name in figure.tables if name in writers)) or 'none'} "
+        f"| {', '.join(figure.measured_by(writers)) or 'none'} "
         f"| {figure.paper} |"
         for figures in sections().values()
         for figure in figures

@@ -105,7 +105,7 @@ class Selection(Picture):
 
     def numbers(self) -> dict[str, list]:
         """The first contributions and the sum of the rest, as shares of the activation."""
-        stacks = [np.array([*part[:K_MAX], part[K_MAX:].sum()]) / part.sum() for part in self.parts.values()]
+        stacks = [stack / stack.sum() for stack in self._stacks()]
         return {
             "layers": self.layers,
             "names": self.names,
