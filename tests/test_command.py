@@ -306,6 +306,9 @@ def test_eval_measures_a_network_and_its_quantized_copy(here: Path, capsys: pyte
         (["--test", "test.safetensors", "--quantized", "nowhere"], "is no folder"),
         (["--test", "test.safetensors", "--quantized", "pictures"], "pictures"),
         ([], "--test"),
+        (["--questions", "nowhere.jsonl"], "no questions at nowhere.jsonl"),
+        (["--questions", "model.safetensors"], "--questions needs a model that generates text, model.safetensors does"),
+        (["--questions", "a.jsonl", "--test", "test.safetensors"], "not allowed with"),
     ],
 )
 def test_eval_refuses(arguments: list[str], message: str, here: Path, capsys: pytest.CaptureFixture) -> None:
