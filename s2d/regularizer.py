@@ -188,6 +188,7 @@ class _WatchedLayer:
 
     def selected(self) -> SingularTriplets:
         """The penalised triplets."""
+        assert self.triplets is not None  # there was a refresh
         return SingularTriplets(*(part[..., : self.rank] for part in self.triplets))
 
     def local_factors(self) -> tuple[distributed.Block, Tensor, Tensor]:
@@ -199,8 +200,8 @@ class _WatchedLayer:
 
     def set(self, triplets: SingularTriplets, pcdr: Tensor, info: Tensor, rank: int) -> None:
         """What a refresh found."""
-        if self.owed is not None:  # along the new components
-            old = self.triplets
+        old = self.triplets
+        if self.owed is not None and old is not None:  # along the new components
             self.owed = ((triplets.u.T @ old.u) * (triplets.v.T @ old.v)) @ self.owed
         self.triplets, self.pcdr, self.info, self.rank = triplets, pcdr, info, rank
         self.spent, self._factors = torch.zeros_like(pcdr), None
@@ -520,6 +521,7 @@ class SelectiveSpectralDecay(Attached):
         """Decoupled decay of one weight."""
         rate = check_rate(self._attachment.group_of(self._attachment.standings[name]))
         # More than the whole component would turn its sign and start it growing again.
+        assert watched.spent is not None  # as it was selected
         left = s if self.coefficients == "live" else s - watched.spent[: watched.rank]
         coefficients = (rate * self.lam * s**self.power).minimum(left)
         watched.spent[: watched.rank] += coefficients
@@ -566,6 +568,7 @@ class SelectiveSpectralDecay(Attached):
         parts = [(self._watched[name].linear.weight, done) for name, (_, done) in applied.items()]
         for (name, (asked, _)), done in zip(applied.items(), distributed.sum_over_shards(parts), strict=True):
             watched = self._watched[name]
+            assert watched.spent is not None
             watched.owed = torch.zeros_like(watched.spent)
             watched.owed[: watched.rank] = asked - done
 
@@ -623,7 +626,9 @@ class SelectiveSpectralDecay(Attached):
             self._watch.clear()
         self.refresh_seconds = time.perf_counter() - began
 
-    def _without_idle(self, chosen: dict[str, _WatchedLayer], group: dist.ProcessGroup | None) -> dict:
+    def _without_idle(
+        self, chosen: dict[str, _WatchedLayer], group: dist.ProcessGroup | None
+    ) -> dict[str, _WatchedLayer]:
         """All but the layers that no forward pass came to and whose gradient is zero: they wait for their next use.
 
         Experts that no token chose are such, and whole models in the step that distributed checkpointing takes to make
@@ -631,9 +636,9 @@ class SelectiveSpectralDecay(Attached):
         """
         unseen = [name for name in chosen if not len(self._watch.rows[name])]
         grads = [self._watched[name].linear.weight.grad for name in unseen]
-        used = [grad is not None and bool(distributed.local(grad).any()) for grad in grads]
-        used = [self._watch.was_called(name) or on for name, on in zip(unseen, used, strict=True)]
-        used = dict(zip(unseen, distributed.any_rank(used, self._device(), group), strict=True))
+        moved = [grad is not None and bool(distributed.local(grad).any()) for grad in grads]
+        here = [self._watch.was_called(name) or on for name, on in zip(unseen, moved, strict=True)]
+        used = dict(zip(unseen, distributed.any_rank(here, self._device(), group), strict=True))
         for name, on in used.items():
             self._watched[name].rank *= on
         return {name: watched for name, watched in chosen.items() if used.get(name, True)}
@@ -697,7 +702,7 @@ class SelectiveSpectralDecay(Attached):
             yield [queue[turn] for queue in queues if turn < len(queue)]
 
     def _solve_own(self, own: dict[str, Tensor]) -> dict[str, _Found]:
-        kinds: dict[tuple, list[str]] = {}
+        kinds: dict[tuple[Any, ...], list[str]] = {}
         for name, matrix in own.items():
             kinds.setdefault((tuple(matrix.shape), matrix.dtype, matrix.device), []).append(name)
         found: dict[str, _Found] = {}
@@ -752,10 +757,10 @@ class SelectiveSpectralDecay(Attached):
             return triplets.s.new_ones(k)
         if self.criterion == "spectral":
             return spectral_pcdr(matrix, k_max=k, triplets=triplets)
-        rows = self._watch.rows[name]
-        if not len(rows):  # a layer that took no part in this step's forward passes shows no outlier
+        x, neuron = self._watch.rows[name].x, self._watch.rows[name].neuron
+        if x is None or neuron is None:  # a layer that took no part in this step's forward passes shows no outlier
             return triplets.s.new_zeros(k)
-        return layer_pcdr(activation_pcdr(matrix, rows.x, rows.neuron, k_max=k, triplets=triplets))
+        return layer_pcdr(activation_pcdr(matrix, x, neuron, k_max=k, triplets=triplets))
 
     def _share(
         self,
@@ -765,7 +770,7 @@ class SelectiveSpectralDecay(Attached):
     ) -> None:
         """Give every rank what each found. Zeros elsewhere and a sum: x + 0 is exact, so all ranks hold equal bits."""
         results = {}
-        for name, watched in chosen.items():
+        for name in chosen:
             if name in found:
                 triplets, pcdr, *about = found[name]
                 results[name] = (*triplets, pcdr, torch.tensor(about, dtype=torch.float64, device=pcdr.device))
@@ -806,7 +811,7 @@ class SelectiveSpectralDecay(Attached):
         """
         rows = []
         for name, w in self._watched.items():
-            if w.triplets is None:
+            if w.triplets is None or w.pcdr is None or w.info is None:
                 continue
             s = w.selected().s
             row: dict[str, Any] = {"layer": name, "rank": w.rank}
@@ -978,7 +983,8 @@ class SelectiveSpectralDecay(Attached):
                         f"the state of layer {name} has {field} {tuple(state[f'{name}.{field}'].shape)} for "
                         f"{tuple(expected[3])} triplets: load the state_dict() of a run, unchanged"
                     )
-            rank, most = state[f"{name}.rank"].tolist(), len(state[f"{name}.s"]) if given else 0
+            rank: Any = state[f"{name}.rank"].tolist()
+            most = len(state[f"{name}.s"]) if given else 0
             if rank not in range(most + 1):
                 raise ValueError(
                     f"layer {name} has rank {rank} in the state, which holds {most} triplets of it, so that only 0 to "

@@ -82,16 +82,15 @@ def check_triplets(triplets: Any, shape: Sequence[int] | None = None, *, name: s
     repair = "give SingularTriplets(u, s, v) with u (out_features, k), s (k,) and v (in_features, k)"
     if not isinstance(triplets, tuple) or len(triplets) != 3 or not hasattr(triplets, "s"):
         raise ValueError(f"{name} is a {type(triplets).__name__}: {repair}")
-    for part, ndim in zip(("u", "s", "v"), (2, 1, 2), strict=True):
-        check_tensor(f"{name}.{part}", getattr(triplets, part), repair, ndim=ndim)
-    k = len(triplets.s)
+    u, s, v = (getattr(triplets, part) for part in ("u", "s", "v"))
+    for part, value, ndim in (("u", u, 2), ("s", s, 1), ("v", v, 2)):
+        check_tensor(f"{name}.{part}", value, repair, ndim=ndim)
+    k = len(s)
     given = [tuple(part.shape) for part in triplets]
-    if not k or triplets.u.shape[1] != k or triplets.v.shape[1] != k:
+    if not k or u.shape[1] != k or v.shape[1] != k:
         raise ValueError(f"{name} has shapes {given}: {repair}")
-    if shape is not None and (len(triplets.u), len(triplets.v)) != tuple(shape):
-        raise ValueError(
-            f"{name} is of a {len(triplets.u)}x{len(triplets.v)} weight, this one is {tuple(shape)}: {repair}"
-        )
+    if shape is not None and (len(u), len(v)) != tuple(shape):
+        raise ValueError(f"{name} is of a {len(u)}x{len(v)} weight, this one is {tuple(shape)}: {repair}")
 
 
 def _check_matrix(weight: Tensor, name: str = "weight") -> None:
@@ -354,9 +353,9 @@ def _check(weight: Tensor, k: int, start: SingularTriplets | None) -> None:
 def _full_precision(device_type: str) -> Iterator[None]:
     """Neither autocast nor TF32: with three digits in the products no residual would become small."""
     # Since torch 2.9 each backend has its own switch, and asking the old, common one fails once these were used.
-    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     switches = [backend for backend in backends if hasattr(backend, "fp32_precision")]
-    before = [switch.fp32_precision for switch in switches] if switches else torch.get_float32_matmul_precision()
+    before: Any = [switch.fp32_precision for switch in switches] if switches else torch.get_float32_matmul_precision()
     try:
         if switches:
             for switch in switches:
