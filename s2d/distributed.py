@@ -362,5 +362,5 @@ def whole_activations(name: str, linear: LinearMap, x: Tensor) -> tuple[Tensor, 
         )
     y = x @ linear.matrix().T
     assert is_dtensor(weight) and is_dtensor(y)  # as one factor is
-    coordinate = weight.device_mesh.get_coordinate() or ()
-    return (x.full_tensor(), y.full_tensor()) if all(place == 0 for place in coordinate) else None
+    both = x.full_tensor(), y.full_tensor()  # collective, so on every rank
+    return both if all(place == 0 for place in weight.device_mesh.get_coordinate() or ()) else None

@@ -735,7 +735,9 @@ def test_the_top_components_hold_no_more_than_the_bound(shape, kind, k, rows, dt
     if kind in ADVERSARIAL:
         weight = adversarial(kind, *shape, seed)
     else:
-        weight = gaussian(*shape, seed=seed) if kind == "gaussian" else planted(*shape, spectrum(kind, min(shape)), seed)
+        weight = (
+            gaussian(*shape, seed=seed) if kind == "gaussian" else planted(*shape, spectrum(kind, min(shape)), seed)
+        )
     weight = (weight * 2.0 ** (exponent if dtype != torch.float16 else 0)).to(dtype)
     bound, truth = top_mass_bound(weight, k, rows=rows), mass(weight, k)
     assert bound.shape == (k,) and bound.dtype == torch.float64
