@@ -113,7 +113,7 @@ fetch: $(VENV)/installed ## the checkpoints that are not committed, from the rel
 	$(PY) -m s2d.lab.publish fetch
 
 bench: $(VENV)/installed ## side-by-side timings
-	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out benchmarks/common.py benchmarks/costs.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 lint: $(VENV)/installed ## ruff on code and notebooks, mypy on the core, and the static notebook check
 	$(VENV)/bin/ruff check .

@@ -502,14 +502,25 @@ def fit_speed(
     host = 0.0 if overlaps else call
     rows = [(s.flops, s.traffic) for s in others]
     rest = [max(s.seconds - host * s.calls, 0.05 * s.seconds) for s in others]
-    flop, byte = _fit(rows, rest)
+    flop, byte = nonnegative_fit(rows, rest)
     speed = Speed(device, precision, overlaps, flop, byte, call, parameter, penalty, product, margin)
     found = [_pass_seconds(speed, s.flops, s.traffic, s.calls) / s.seconds for s in others]
     return speed._replace(margin=max(LEAST_MARGIN, margin, *(abs(ratio - 1) for ratio in found)))
 
 
-def _fit(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
-    """Coefficients, none negative, with the least squared relative error: the best of all choices of which are zero."""
+def nonnegative_fit(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+    """Coefficients, none negative, with the least squared relative error: the best of all choices of which are zero.
+
+    Args:
+        rows: one for each value, a number for each coefficient.
+        values: positive.
+
+    Example:
+        >>> [round(c, 6) for c in nonnegative_fit([(1.0, 0.0), (1.0, 1.0), (1.0, 2.0)], [1.0, 3.0, 5.0])]
+        [1.0, 2.0]
+
+    Paper: none.
+    """
     a = torch.tensor(rows, dtype=torch.float64) / torch.tensor(values, dtype=torch.float64)[:, None]
     size = a.abs().amax(dim=0).clamp(min=1e-300)
     target = torch.ones(len(a), dtype=torch.float64)
@@ -599,7 +610,7 @@ def _fit_penalty(timer: _Timer, device: str) -> tuple[float, float]:
         with_ = timer.median(optimizer.step)
         rows.append((float(count), float(count * width**2)))
         values.append(max(with_ - without, 0.02 * with_))
-    layer, entry = _fit(rows, values)
+    layer, entry = nonnegative_fit(rows, values)
     return layer, entry
 
 
@@ -624,7 +635,7 @@ def _fit_product(timer: _Timer, device: str) -> tuple[tuple[float, float, float]
             )
             rows.append(_product_features((width, width), _block(MEASURED_K)))
             values.append(taken / max(1, products))
-    a, b, c = _fit(rows, values)
+    a, b, c = nonnegative_fit(rows, values)
     found = [sum(x * y for x, y in zip((a, b, c), row, strict=True)) for row in rows]
     return (a, b, c), max(abs(f / v - 1) for f, v in zip(found, values, strict=True))
 
