@@ -25,6 +25,7 @@ import math
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -38,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from s2d.checks import check_count, check_number
 from s2d.layers import LinearMap
 from s2d.regularizer import REFRESH_TOL, SelectiveSpectralDecay
-from s2d.spectral import solve_top_triplets
+from s2d.spectral import BATCH_ENTRIES, KRYLOV_DEPTHS, solve_top_triplets
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 LEAST_MARGIN = 0.15  # what a prediction is off by at the best; ours
@@ -194,8 +195,8 @@ def predict(
         speed: of the device, from :func:`measure_speed` or :func:`load_speed`.
         steps: optimizer steps.
         batch_size: items that pass through one device at a time.
-        refresh_every, k_max, criterion: as in :class:`s2d.SelectiveSpectralDecay`. With ``"spectral"`` the layers are
-            taken not to be certified, which is the dearer case.
+        refresh_every, k_max, criterion: as in :class:`s2d.SelectiveSpectralDecay`, whose cached coefficients are
+            meant. With ``"spectral"`` the layers are taken not to be certified, which is the dearer case.
         devices: that train together, each on its own items (data parallel), sharing out the refresh.
         accumulate: forward and backward passes to a step.
 
@@ -240,13 +241,12 @@ def predict(
     added = steps * penalty + first + later * refresh + (later + 1) * watch
     hours = (steps * step + added) / 3600
     kept = sum(k_max * (sum(weight.shape) + 2) + 3 for weight in work.weights) * 4
-    largest = max((sum(weight.shape) for weight in work.weights), default=0)
     memory = {
         "weights": 4 * work.parameters,
         "gradients": 4 * work.parameters,
         "optimizer": 8 * work.parameters,
         "s2d": kept,
-        "s2d refresh": 2 * 8 * block * largest * 4,  # the Krylov basis and its image
+        "s2d refresh": _refresh_bytes(work, block, side_by_side=speed.overlaps),
         "activations": round(work.saved.of(batch_size)),
     }
     return Estimate(
@@ -281,6 +281,14 @@ def _block(k: int) -> int:
 
 def _product_features(shape: tuple[int, int], block: int) -> tuple[float, float, float]:
     return 1.0, float(shape[0] * shape[1] * block), float(sum(shape) * block**2)
+
+
+def _refresh_bytes(work: Work, block: int, *, side_by_side: bool) -> int:
+    """The Krylov basis and its image, of as many weights as are solved at a time."""
+    counts = Counter(weight.shape for weight in work.weights)
+    most = {s: max(1, BATCH_ENTRIES // (s[0] * s[1])) if side_by_side else 1 for s in counts}
+    sizes = [min(count, most[shape]) * sum(shape) for shape, count in counts.items()]
+    return 4 * KRYLOV_DEPTHS[-1] * block * max(sizes, default=0)
 
 
 def _refresh_seconds(speed: Speed, shape: tuple[int, int], products: int, block: int) -> float:
