@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from s2d.models.loading import data_config
 from s2d.models.subject import Subject
@@ -12,7 +15,7 @@ from s2d.packages import need
 COMPANIONS = (".json", ".txt", ".model", ".md", ".jinja")  # tokenizer, preprocessing, licence
 
 
-def save_checkpoint(subject: Subject, folder: Path) -> None:
+def save_checkpoint(subject: Subject, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Fill an existing folder with what :func:`s2d.models.load` reads.
 
     A model of Hugging Face becomes a folder of ``save_pretrained`` with the files that came beside its weights; one of
@@ -21,6 +24,7 @@ def save_checkpoint(subject: Subject, folder: Path) -> None:
     Args:
         subject: its ``model`` is saved; ``folder``, ``label_ids`` and ``shape`` say the rest.
         folder: to be filled.
+        state: of a model of Hugging Face, where its own tensors are shards; by default its ``state_dict()``.
 
     Raises:
         ImportError: without a package that writes it.
@@ -38,7 +42,7 @@ def save_checkpoint(subject: Subject, folder: Path) -> None:
     """
     model = subject.model
     if subject.folder is not None:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, state_dict=state)
         for file in subject.folder.iterdir():
             if file.is_file() and file.suffix in COMPANIONS and not (folder / file.name).exists():
                 shutil.copy(file, folder / file.name)

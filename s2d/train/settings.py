@@ -159,9 +159,11 @@ class LanguageSettings(Settings):
 
     Attributes:
         max_length: tokens of a conversation; longer ones are cut off at the end.
+        gradient_checkpointing: compute activations twice, to keep fewer.
     """
 
     max_length: int = _count(1024, 2)
+    gradient_checkpointing: bool = field(default=False, metadata={"kind": bool})
 
     def __post_init__(self) -> None:
         super().__post_init__()

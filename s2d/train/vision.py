@@ -33,17 +33,8 @@ from s2d.ptq.checkpoint import save_quantized
 from s2d.ptq.qat import begin_qat, finish_qat
 from s2d.regularizer import SelectiveSpectralDecay
 from s2d.train.folder import RunFolder, versions
-from s2d.train.images import (
-    Labelled,
-    Pictures,
-    chunks_of_epoch,
-    epoch_order,
-    loader,
-    open_images,
-    seed_everything,
-    seed_from,
-    shares,
-)
+from s2d.train.images import Pictures, loader, open_images
+from s2d.train.order import chunks_of_epoch, epoch_order, seed_everything, seed_from, shares
 from s2d.train.processes import check_precision, share_of, start
 from s2d.train.settings import VisionSettings, free_names
 from s2d.train.state import gather, restore
