@@ -18,7 +18,7 @@ from s2d.models.gguf import stored_as
 from s2d.models.onnx_vit import PARTS, dinov2, named_tensors
 
 WANTED = ["clip-b16", "siglip-b16", "siglip2-b16", "dinov3-b16", "qwen2.5-0.5b", "llava-1.5-7b"]
-WANTED += ["minilm", "smollm2", "dinov2-s"]
+WANTED += ["siglip2-b16-384", "minilm", "smollm2", "dinov2-s"]
 
 
 def test_the_presets_are_there_and_timm_knows_its_own() -> None:
@@ -107,6 +107,23 @@ def test_what_is_not_as_it_should_be_is_refused(
         monkeypatch.setenv("S2D_MINE_1_5", str(file if there else file.with_name("gone.onnx")))
     with pytest.raises(error, match=message.replace("(", r"\(")):
         locate(name)
+
+
+def test_a_folder_of_timm_is_loaded_with_its_size_and_labels_and_a_damaged_one_named(tmp_path: Path) -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 2}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    names = {"label_names": ["cat", "dog"]}
+    config = {"input_size": (3, 32, 32)}
+    timm.models.save_for_hf(model, tmp_path, model_config=names, safe_serialization=True, data_config=config)
+    subject = load(str(tmp_path))
+    assert subject.shape == (3, 32, 32) and subject.label_ids == {"cat": 0, "dog": 1}
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(subject.model(x), model(x))
+    with pytest.raises(ValueError, match="--arch is not for a folder of timm"):
+        load(str(tmp_path), arch="vit_tiny_patch16_224")
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="cannot be loaded by timm"):
+        load(str(tmp_path))
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
