@@ -49,6 +49,16 @@ def test_every_computed_part_is_what_the_tables_give(page):
     assert pages.fill(text) == text, "run python -m s2d.lab.pages"
 
 
+def test_the_list_of_tables_names_the_notebook_that_writes_each():
+    listed = {}
+    for line in (ROOT / "data/laptop/README.md").read_text(encoding="utf-8").splitlines():
+        if row := re.match(r"\| (`.*?) \| ([\d, ]+) \|", line):
+            listed |= dict.fromkeys(re.findall(r"`(\w+)`", row[1]), row[2].split(", "))
+    writers = {table: notebook[:2] for table, notebook in table_writers().items() if "/" not in table}
+    assert set(listed) == set(writers)
+    assert all(writers[table] in numbers for table, numbers in listed.items())
+
+
 def test_a_reader_gets_through_the_readme_in_a_minute():
     prose = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(prose.split()) <= 900

@@ -39,9 +39,9 @@ from s2d.lab.paths import output_root, repository_root
 from s2d.lab.quantization import METHODS, logit_error, logits_of, setting
 from s2d.lab.recipes import AS_PRINTED, CAP, EVIDENCE_SEEDS, S2D_DECOUPLED, TUNING_SEEDS, arm
 from s2d.lab.results import provenance, save_table
-from s2d.lab.sentence_encoder import SentenceEncoder, encoder_folder
+from s2d.lab.sentence_encoder import PADDING, SentenceEncoder, encoder_folder
 from s2d.lab.staleness import Mode, follow
-from s2d.lab.store import Trained, find, train_and_store
+from s2d.lab.store import Trained, find, obtain_checkpoints, train_and_store
 from s2d.lab.training import Recipe
 from s2d.lab.winners import SETTING_COLUMNS, winners
 from s2d.layers import linear_maps
@@ -128,8 +128,10 @@ class Stage(NamedTuple):
 
 _FEW = (("RTN", "W6A6"), ("RTN", "W5A5"), ("RTN", "W4A4"), ("ERQ", "W4A4"))
 _ALL = (
-    *(("RTN", bits) for bits in ("W8A8", "W6A6", "W5A5", "W4A4")),
-    *((name, bits) for name in list(QUANTIZERS)[1:] for bits in ("W6A6", "W4A4")),
+    *(("RTN", bits) for bits in ("W8A8", "W6A6", "W4A4")),
+    ("RTN, per token", "W4A4"),
+    ("RepQ-ViT", "W4A4"),
+    *(("ERQ", bits) for bits in ("W6A6", "W4A4")),
 )
 STAGES = {
     "tuning": Stage("validation", 2000, TUNING_SEEDS, _FEW),
@@ -214,6 +216,22 @@ def encoder_ablation(
 # --- one trained network ----------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def gloss_logits(model: nn.Module, x: Tensor, batch_size: int = 128) -> Tensor:
+    """Logits of padded glosses, those of a length together: padding is masked, and half of what there would be to do.
+
+    Args:
+        model: gives logits of token numbers, whatever their length.
+        x: token numbers ``(n, length)``, padded at the end.
+        batch_size: glosses at once.
+    """
+    model.eval()
+    lengths = (x != PADDING).sum(1)
+    order = lengths.argsort(stable=True)
+    batches = [model(x[rows, : int(lengths[rows].max())]) for rows in order.split(batch_size)]
+    return torch.cat(batches)[order.argsort()]
+
+
 def rows_of(trained: Trained, stage: Stage) -> list[dict[str, Any]]:
     """What one network does in full precision and under some quantizers, on the device it was trained on.
 
@@ -230,10 +248,10 @@ def rows_of(trained: Trained, stage: Stage) -> list[dict[str, Any]]:
     x, y = (part.to(device) for part in data.fixed_set(stage.split, stage.items))
     calibration = data.fixed_set("calibration", CALIBRATION)[0].to(device)
     settings = [setting(parse_bits(bits), **QUANTIZERS[name]) for name, bits in stage.cells]
-    full = logits_of(model, x)
+    full = gloss_logits(model, x)
     found = [full]
     for quantized in quantize_each(model, settings, calibration=calibration, batch_size=CALIBRATION):
-        found.append(logits_of(quantized, x))
+        found.append(gloss_logits(quantized, x))
     same = {"split": stage.split, "items": len(y)}
     return [
         {"method": name, "bits": bits, **same, "accuracy": (logits.argmax(-1) == y).double().mean().item()}
@@ -275,6 +293,31 @@ def layer_rows(trained: Trained, *, items: int = 256) -> pd.DataFrame:
     return table.assign(input_ratio=table.layer.map(ratios))
 
 
+def fine_tuned_here(variants: Sequence[str], seed: int, *, steps: int = STEPS, items: int = 1000) -> pd.DataFrame:
+    """A few arms of one seed, trained here unless they are stored, and quantized: what the notebook does live.
+
+    Args:
+        variants: of ``VARIANTS``, with the settings that the search chose.
+        seed: of the head and of the training stream.
+        steps: optimizer steps.
+        items: test glosses.
+
+    Returns:
+        Columns variant, seed, and those of :func:`rows_of`.
+
+    Raises:
+        FileNotFoundError, ValueError: if encoder or glosses are not here, before anything is trained.
+    """
+    encoder_folder(SentenceEncoder().encoder), glosses()
+    best = best_settings()
+    recipes = {name: [encoder_finetuning(name, seed, best[name], steps=steps)] for name in variants}
+    stage = Stage("test", items, (seed,), _FEW)
+    return pd.concat(
+        pd.DataFrame(rows_of(trained, stage)).assign(variant=name, seed=seed)
+        for name, (trained,) in obtain_checkpoints(recipes).items()
+    )
+
+
 # --- all of them, resumed where they were -----------------------------------------------------------------------------
 
 
@@ -300,7 +343,7 @@ def known_rows(stage: str) -> pd.DataFrame:
     # A key of digits alone (or with an e among them) is no number.
     tables = [pd.read_csv(path, dtype={"key": str}) for path in files if path.is_file()]
     if not tables:
-        return pd.DataFrame(columns=["variant", "seed", "key", "method", "bits"])
+        return pd.DataFrame(columns=["variant", "seed", "key", "method", "bits", "accuracy"])
     rows = pd.concat(tables)
     names = [name for name in ("key", "layer", "step", "method", "bits") if name in rows.columns]
     return rows.drop_duplicates(names, keep="last").reset_index(drop=True)
@@ -325,8 +368,26 @@ def _measure_missing(
         parallel.run(work, list(jobs.values()), names=list(jobs), workers=count, unit=unit, label=label)
 
 
+def missing_cells(rows: pd.DataFrame, key: str, stage: str) -> list[tuple[str, str]]:
+    """The cells of a stage that a network was not measured in yet, full precision among them.
+
+    Args:
+        rows: of :func:`known_rows`.
+        key: of the network (:func:`network_key`).
+        stage: a key of ``STAGES``.
+
+    Returns:
+        Method and bits of each; none of a network whose training diverged.
+    """
+    own = rows[rows.key == key]
+    if len(own) and own.accuracy.isna().any():
+        return []
+    have = set(zip(own.method, own.bits, strict=True))
+    return [cell for cell in (("FP", "FP"), *STAGES[stage].cells) if cell not in have]
+
+
 def measure(recipe: Recipe, stage: str) -> None:
-    """Train one network and leave its rows on disk; called in a worker process.
+    """Train one network unless it is stored, and leave the rows that are missing on disk; called in a worker process.
 
     Training that diverges is a result too: one row without accuracy.
 
@@ -351,8 +412,12 @@ def measure(recipe: Recipe, stage: str) -> None:
     if stage == "evidence":
         layers = layer_rows(trained).assign(**same)
         write_text(_row_file(same["key"], "layers"), layers.to_csv(index=False))
-    rows = pd.DataFrame(rows_of(trained, STAGES[stage])).assign(**same)
-    write_text(_row_file(same["key"], stage), rows.to_csv(index=False))
+    missing = missing_cells(known_rows(stage), same["key"], stage)
+    wanted_here = STAGES[stage]._replace(cells=tuple(cell for cell in missing if cell[0] != "FP"))
+    rows = pd.DataFrame(rows_of(trained, wanted_here)).assign(**same)
+    if (path := _row_file(same["key"], stage)).is_file():
+        rows = pd.concat([pd.read_csv(path, dtype={"key": str}), rows]).drop_duplicates(["method", "bits"])
+    write_text(path, rows.to_csv(index=False))
 
 
 def measure_staleness(name: str, mode: Mode, recipe: Recipe) -> None:
@@ -592,12 +657,12 @@ def run(
         check_searched([variant for variant in variants if stage == "evidence" or variant in FORMS])
     if stage == "tuning" and set(variants) - {"AdamW"} and "AdamW" in variants:
         run(stage, ["AdamW"], seeds, workers=workers, device=device)  # the others take its learning rate
-    known = set(known_rows(stage).key)
+    known = known_rows(stage)
     networks = {network_key(recipe): recipe for _, recipe in wanted(stage, variants, seeds, device)}
     missing = {
         f"{stage} of the recipe {key}, seed {recipe.seed}": (recipe, stage)
         for key, recipe in networks.items()
-        if key not in known
+        if missing_cells(known, key, stage)
     }
     try:
         _measure_missing(measure, missing, workers, unit="network", label=stage)

@@ -32,6 +32,7 @@ SECTIONS = {
     "frontier": "Every way of fine-tuning",
     "real": "Real networks",
     "language": "Language models",
+    "encoder": "A real encoder",
     "claims": "The paper's claims",
 }
 

@@ -91,9 +91,19 @@ def frontier_test(table: pd.DataFrame) -> Figure:
     Args:
         table: from :func:`s2d.lab.frontier.frontier_table`.
     """
-    cells, percent = _cells(table), _percent(table)
-    order = list(dict.fromkeys(table.variant))
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.5 * len(order) + 1.7), sharey=True)
+    return arms_on_test(table, _cells(table), _spread_of_arms(table))
+
+
+def arms_on_test(table: pd.DataFrame, cells: Sequence[tuple[str, str]], title: str) -> Figure:
+    """Every arm under some quantizers: the mean and each seed, joined to its full precision.
+
+    Args:
+        table: columns variant, seed, method, bits, accuracy.
+        cells: method and bits of each panel.
+        title: the finding.
+    """
+    percent, order = _percent(table), list(dict.fromkeys(table.variant))
+    figure, axes = plt.subplots(1, len(cells), figsize=(9.5, 0.5 * len(order) + 1.7), sharey=True)
     for axis, cell in zip(axes, cells, strict=True):
         for place, variant in enumerate(order):
             own, colour = percent.loc[variant], COLOURS[variant]
@@ -107,7 +117,7 @@ def frontier_test(table: pd.DataFrame) -> Figure:
         axis.set(title=f"{cell[0]}, {cell[1]}", xlabel="test accuracy (%)")
     axes[0].set_yticks(range(len(order)), order)
     axes[0].invert_yaxis()
-    figure.suptitle(_spread_of_arms(table), fontweight="bold", fontsize="large")
+    figure.suptitle(title, fontweight="bold", fontsize="large")
     note = "large: mean over seeds; small: seeds; hollow: full precision; dotted: AdamW's mean"
     figure.supxlabel(note, fontsize="small")
     return figure

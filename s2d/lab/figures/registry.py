@@ -94,6 +94,7 @@ def sections() -> dict[str, list[PublishedFigure]]:
         ablations,
         bound,
         claims,
+        encoder,
         evidence,
         finetuning,
         frontier,
@@ -104,7 +105,7 @@ def sections() -> dict[str, list[PublishedFigure]]:
         testbed,
     )
 
-    modules = (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier, real, language, claims)
+    modules = (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier, real, language, encoder, claims)
     names = [module.__name__ for module in modules]
     return {name.rpartition(".")[2]: [f for f in _FIGURES if f.draw.__module__ == name] for name in names}
 

@@ -35,6 +35,7 @@ COLOURS = {
     "AdamW, beta2 0.999": "#bc8034",
     "Muon": "#6a994e",
     "Decoupled spectral decay": "#007a3d",
+    "S2D, decoupled": "#2b8a57",
     "Spectral-norm cap": "#5c6b73",
     "S2D, the paper's lam and tau": "#7fb2d9",
 }
@@ -53,6 +54,7 @@ MARKERS = {
     "AdamW, beta2 0.999": "H",
     "Muon": "p",
     "Decoupled spectral decay": "*",
+    "S2D, decoupled": "X",
     "Spectral-norm cap": "s",
     "S2D, the paper's lam and tau": "d",
 }
