@@ -19,6 +19,7 @@ LAYERS = (
     "s2d.models",
     "s2d.ptq.command",
     "s2d.ptq.__main__",
+    "s2d.train",
     "s2d.command",
     "s2d.__main__",
     "s2d.lab",
@@ -94,10 +95,11 @@ def attributes(tree: ast.AST) -> frozenset[str]:
 
 
 def upward_imports(module: str, trees: dict[str, ast.AST]) -> list[str]:
-    """Where a module imports from a layer that may only know of it; of the integrations only the lab, a user, knows."""
+    """Where a module imports from a layer that may only know of it; of the integrations only their users, training and the lab, know."""
     own = LAYERS[layer(module)]
     below = set(LAYERS[: layer(module) + 1])
-    allowed = {"s2d.integrations": {"s2d", own}, "s2d.lab": below}.get(own, below - {"s2d.integrations"})
+    users = {"s2d.train": below, "s2d.lab": below}
+    allowed = ({"s2d.integrations": {"s2d", own}} | users).get(own, below - {"s2d.integrations"})
     return [
         f"{module}:{line} imports {source}"
         for source, _, _, line in imports(trees[module], set(trees))

@@ -18,7 +18,7 @@ from s2d.models.gguf import stored_as
 from s2d.models.onnx_vit import PARTS, dinov2, named_tensors
 
 WANTED = ["clip-b16", "siglip-b16", "siglip2-b16", "dinov3-b16", "qwen2.5-0.5b", "llava-1.5-7b"]
-WANTED += ["minilm", "smollm2", "dinov2-s"]
+WANTED += ["siglip2-b16-384", "minilm", "smollm2", "dinov2-s"]
 
 
 def test_the_presets_are_there_and_timm_knows_its_own() -> None:

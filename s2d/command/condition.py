@@ -31,6 +31,7 @@ from s2d.models.conditioning import (
     output_of,
 )
 from s2d.models.loading import load_model, model_source
+from s2d.models.saving import save_checkpoint
 from s2d.models.subject import Subject, probe
 from s2d.packages import need
 from s2d.ptq import parse_bits, quantize
@@ -161,7 +162,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _again(subject: Subject, source: str, args: argparse.Namespace) -> str | None:
     """How the commands name the result, where they can load it."""
-    if subject.folder is not None:
+    if subject.folder is not None or source == "timm folder":
         return shlex.quote(str(args.output))
     if source in ("onnx", "open_clip"):
         return None
@@ -296,22 +297,10 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _save(subject: Subject, source: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
-    """An ordinary checkpoint of the same class: a folder of Hugging Face, or the weights of timm's model."""
-    safetensors = need("safetensors.torch", "saving the result")
+    """An ordinary checkpoint of the same class: a folder of Hugging Face or timm."""
 
     def fill(folder: Path) -> None:
-        if subject.folder is not None:
-            subject.model.save_pretrained(folder, safe_serialization=True)
-            for file in subject.folder.iterdir():  # tokenizer, preprocessing, licence
-                if (
-                    file.is_file()
-                    and file.suffix in (".json", ".txt", ".model", ".md")
-                    and not (folder / file.name).exists()
-                ):
-                    shutil.copy(file, folder / file.name)
-        else:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in subject.model.state_dict().items()}
-            safetensors.save_file(state, folder / "model.safetensors", {"format": "pt"})
+        save_checkpoint(subject, folder)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     try:

@@ -1,4 +1,4 @@
-"""The command ``s2d`` and its four parts."""
+"""The command ``s2d`` and its parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from s2d.command import condition, diagnose, evaluate
+from s2d.command import condition, diagnose, evaluate, train
 from s2d.console import exit_code, say
 from s2d.packages import need
 from s2d.ptq import command as quantize
@@ -16,6 +16,7 @@ from s2d.ptq.command.arguments import Parser, quantize_parser
 COMMANDS: dict[str, tuple[Callable[..., int], Callable[[], Parser], str]] = {
     "diagnose": (diagnose.main, diagnose.parser, "which layers have outliers, what makes them, and what to do"),
     "condition": (condition.main, condition.parser, "let these components decay, and keep the network to what it did"),
+    "train": (train.main, train.parser, "fine-tune a classifier or a language model, with S2D or without"),
     "quantize": (
         partial(quantize.main, prog="s2d quantize"),
         partial(quantize_parser, "s2d quantize"),

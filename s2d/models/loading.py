@@ -70,7 +70,7 @@ def model_source(args: argparse.Namespace) -> str:
         args: from :func:`s2d.ptq.command.arguments.read_arguments`; the name of a preset is replaced by what it is.
 
     Returns:
-        ``"timm"``, ``"open_clip"``, ``"hub"``, ``"file"``, ``"folder"``, ``"gguf"`` or ``"onnx"``.
+        ``"timm"``, ``"timm folder"``, ``"open_clip"``, ``"hub"``, ``"file"``, ``"folder"``, ``"gguf"`` or ``"onnx"``.
 
     Raises:
         ValueError: for what is none of them, or options that are not for it.
@@ -95,12 +95,12 @@ def model_source(args: argparse.Namespace) -> str:
         if (path / DESCRIPTION).exists():
             raise ValueError(f"MODEL {path} is quantized already: give the model in floating point")
         config = _read_config(path)
-        if "architecture" in config and "model_type" not in config:
-            raise ValueError(
-                f"MODEL {path} is a folder of timm: give its model.safetensors with --arch {config['architecture']}"
-            )
         if not list(path.glob("*.safetensors")):
             raise ValueError(f"MODEL {path} has no .safetensors file: save the model with save_pretrained()")
+        if "architecture" in config and "model_type" not in config:
+            _refuse_options(args, "a folder of timm", "arch", "model_options", "pretrained")
+            _check_timm_name(config["architecture"], f"{path / 'config.json'}: architecture")
+            return "timm folder"
         _refuse_options(args, "a Hugging Face folder", "arch", "model_options", "pretrained")
         return "folder"
     if path.suffix == ".safetensors" or path.is_file():
@@ -144,6 +144,8 @@ def load_model(args: argparse.Namespace, source: str) -> Subject:
         return _open_clip_model(args.model)
     if source in ("folder", "hub", "gguf"):
         return _folder_model(args, _folder_of(args.model, source))
+    if source == "timm folder":
+        return _timm_folder_model(Path(args.model))
     return _timm_model(args, source)
 
 
@@ -176,7 +178,7 @@ def _folder_of(name: str, source: str) -> Path:
 
 def _onnx_model(file: Path) -> Subject:
     timm, model = need("timm", "the model"), dinov2(file)
-    config = _data_config(timm, model, {})
+    config = data_config(timm, model, {})
     preprocess = _timm_preprocessing(timm, config)
     return Subject(model, f"{file} (DINOv2 of timm)", None, config["input_size"], preprocess=preprocess)
 
@@ -266,8 +268,23 @@ def _timm_model(args: argparse.Namespace, source: str) -> Subject:
         name = f"{args.model} ({arch})"
     elif not args.pretrained:
         say("warning: random weights: accuracy means nothing; add --pretrained, or give a file with --arch")
-    config = _data_config(timm, model, args.model_options)
+    config = data_config(timm, model, args.model_options)
     return Subject(model.eval(), name, None, config["input_size"], preprocess=_timm_preprocessing(timm, config))
+
+
+def _timm_folder_model(folder: Path) -> Subject:
+    timm, config = need("timm", "the model"), _read_config(folder)
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # of timm, torch or the safetensors package
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"MODEL {folder} cannot be loaded by timm ({reason}): save it again") from None
+    data = data_config(timm, model, {})
+    subject = Subject(model.eval(), f"{folder} ({config['architecture']})", None, data["input_size"])
+    subject.preprocess = _timm_preprocessing(timm, data)
+    names = config.get("label_names") or (model.pretrained_cfg or {}).get("label_names") or []
+    subject.label_ids = {name: label for label, name in enumerate(names)}
+    return subject
 
 
 def _load_weights(model: nn.Module, file: Path, arch: str) -> None:
@@ -287,7 +304,16 @@ def _load_weights(model: nn.Module, file: Path, arch: str) -> None:
     model.load_state_dict(state)
 
 
-def _data_config(timm: Any, model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+def data_config(timm: Any, model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """What timm's preprocessing of a model needs: its size, mean, standard deviation, crop and interpolation.
+
+    Args:
+        timm: the module.
+        model: of timm.
+        options: that it was made with, of which ``in_chans`` counts.
+
+    Paper: none
+    """
     config = timm.data.resolve_data_config({}, model=model)
     channels, height, width = config["input_size"]
     # The model's own image size, which may have been changed, as timm's configuration does not know.

@@ -36,6 +36,7 @@ PRESETS = {
     "clip-b16": Preset("timm", "vit_base_patch16_clip_quickgelu_224.openai", note="QuickGELU, as it was trained"),
     "siglip-b16": Preset("timm", "vit_base_patch16_siglip_224.webli"),
     "siglip2-b16": Preset("timm", "vit_base_patch16_siglip_224.v2_webli"),
+    "siglip2-b16-384": Preset("timm", "vit_base_patch16_siglip_384.v2_webli"),
     "dinov3-b16": Preset("timm", "vit_base_patch16_dinov3.lvd1689m"),
     "qwen2.5-0.5b": Preset("hub", "Qwen/Qwen2.5-0.5B"),
     "llava-1.5-7b": Preset("hub", "llava-hf/llava-1.5-7b-hf"),
