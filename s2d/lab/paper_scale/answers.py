@@ -13,9 +13,8 @@ from s2d.console import say
 from s2d.lab.word_problems import Problem, final_number, read_problems
 from s2d.models import load
 from s2d.ptq import parse_bits, quantize
+from s2d.train.conversations import PLAIN
 
-PROMPT = "Question: {question}\nAnswer:"
-"""For a model without a chat template."""
 SPLITS = ("train.jsonl", "test.jsonl")
 
 
@@ -40,7 +39,7 @@ def read_splits(folder: str | Path) -> tuple[list[Problem], list[Problem]]:
 
 
 def asked(tokenizer: Any, question: str) -> str:
-    """The text that a model is to go on from: its own chat template, or a plain question.
+    """The text that a model is to go on from, as it was fine-tuned: by its chat template, or a plain question.
 
     Args:
         tokenizer: of transformers.
@@ -49,7 +48,21 @@ def asked(tokenizer: Any, question: str) -> str:
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": question}]
         return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return PROMPT.format(question=question)
+    return PLAIN["user"].format(question) + PLAIN["assistant"]
+
+
+def ends(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's own, and what its chat template puts behind one.
+
+    Args:
+        tokenizer: of transformers.
+    """
+    found = [tokenizer.eos_token_id]
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2")[2]
+        found += tokenizer(behind.strip(), add_special_tokens=False)["input_ids"][:1]
+    return sorted({token for token in found if token is not None})
 
 
 def _batch(tokenizer: Any, texts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
@@ -87,7 +100,7 @@ def answers(
         rows: problems at a time.
     """
     device = next(model.parameters()).device
-    options = {"do_sample": False, "max_new_tokens": new_tokens, "use_cache": True}
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "use_cache": True, "eos_token_id": ends(tokenizer)}
     for start in range(0, len(some), rows):
         here = some[start : start + rows]
         batch = _batch(tokenizer, [asked(tokenizer, problem.question) for problem in here], device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -335,9 +336,10 @@ def train_command(training: Training, config: Mapping[str, Any]) -> list[str]:
 
     Example:
         >>> network = {"kind": "vision", "model": "vit", "recipe": "r", "arguments": ["--pretrained"]}
-        >>> config = {"networks": {"DINOv3-B": network}, "data": {"imagenet": "in"}, "seeds": [0], "tables": [8]}
+        >>> config = {"networks": {"DINOv3-B": network}, "data": {"imagenet": "in"}, "device": "cuda"}
+        >>> config |= {"seeds": [0], "tables": [8]}
         >>> " ".join(train_command(trainings(config)[0], config))
-        's2d train vision vit --pretrained --data in/train --recipe r --set decay=none --set seed=0'
+        's2d train vision vit --pretrained --data in/train --recipe r --set decay=none seed=0'
     """
     network = config["networks"][training.network]
     if training.start is None:
@@ -350,8 +352,13 @@ def train_command(training: Training, config: Mapping[str, Any]) -> list[str]:
         *("s2d", "train", network["kind"], *model),
         *("--data", f"{data}/train" if network["kind"] == "vision" else data),
         *("--recipe", str(network["recipe"])),
-        *itertools.chain(*(("--set", f"{name}={value}") for name, value in settings.items())),
+        *("--set", *(f"{name}={_yaml(value)}" for name, value in settings.items())),
+        *(["--cpu"] if config["device"] == "cpu" else []),
     ]
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def run_folder(training: Training, config: Mapping[str, Any]) -> str:

@@ -9,19 +9,18 @@ from typing import Any
 
 import pandas as pd
 
-from s2d.lab.paper_scale.experiments import DEFAULTS, Training, asked_tables, cells, trainings
+from s2d.lab.paper_scale.experiments import Training, asked_tables, cells, trainings
 from s2d.lab.paths import repository_root
+from s2d.train.settings import VisionSettings, read_settings
 
 TIMED = "data/accelerator/step_overhead_h200.csv"
 HARDWARE = "one NVIDIA H200, bf16"
 IMAGES = 1_281_167
 """Training images of ImageNet-1k."""
-EPOCHS = 10
-"""Second-hand."""
 TOKENS = 1e9
 """Of the language model: the paper says fewer (appendix F), so this is an upper end."""
 BATCH = 256
-"""Images a step, as timed; the paper's is not known. A refresh comes every ``refresh_every`` steps."""
+"""Images a step, as timed."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ def timed() -> tuple[float, float]:
     return step, (with_s2d - step) * int(here.loc["AdamW + S2D", "refresh_every"])
 
 
-def training_hours(training: Training) -> float:
-    """Hours of one training on :data:`HARDWARE`.
+def training_hours(training: Training, config: Mapping[str, Any]) -> float:
+    """Hours of one training on :data:`HARDWARE`, by the epochs and the batch of its recipe.
 
     The forward and backward pass scales with the floating-point operations of the forward pass; a refresh is that of
     the timed network, whose 48 weights have the same shapes. The data is taken to come fast enough. Quantization-aware
@@ -80,20 +79,26 @@ def training_hours(training: Training) -> float:
 
     Args:
         training: of :func:`~s2d.lab.paper_scale.experiments.trainings`.
+        config: of ``paper/*.yaml``.
 
     Example:
-        >>> round(training_hours(Training("DINOv3-B", "adamw", 0, (("decay", "none"),))), 1)
+        >>> config = {"networks": {"DINOv3-B": {"recipe": "vision-adamw"}}}
+        >>> round(training_hours(Training("DINOv3-B", "adamw", 0, (("decay", "none"),)), config), 1)
         1.8
     """
     step, refresh = timed()
-    settings = dict(training.settings)
     if training.network in PARAMETERS:
         rate = 3 * REFERENCE.forward_flops() * BATCH / step  # operations a second that the timed step reached
         return 6 * PARAMETERS[training.network] * TOKENS / rate / 3600
-    model, steps = IMAGE_MODELS[training.network], IMAGES * EPOCHS // BATCH
-    seconds = steps * step * model.forward_flops() / REFERENCE.forward_flops()
-    if settings["decay"] == "s2d":
-        seconds += steps / int(settings.get("refresh_every", DEFAULTS["refresh_every"])) * refresh
+    settings = read_settings(
+        VisionSettings,
+        config["networks"][training.network]["recipe"],
+        [f"{name}={value}" for name, value in training.settings],
+    )
+    images = IMAGES * settings.epochs
+    seconds = images / BATCH * step * IMAGE_MODELS[training.network].forward_flops() / REFERENCE.forward_flops()
+    if settings.decay == "s2d":
+        seconds += images / settings.batch_size / settings.refresh_every * refresh
     return seconds / 3600
 
 
@@ -110,7 +115,7 @@ def table(config: Mapping[str, Any]) -> pd.DataFrame:
     asked = [name for name in asked_tables(config) if name != "sweep"]
     rows = [(name, {**one, "tables": [name]}) for name in asked] + [("all, shared", {**one, "tables": asked})]
     found = [
-        (name, len(trainings(part)), len(cells(part)), round(sum(map(training_hours, trainings(part))), 1))
+        (name, len(trainings(part)), len(cells(part)), round(sum(training_hours(training, config) for training in trainings(part)), 1))
         for name, part in rows
     ]
     return pd.DataFrame(found, columns=["table", "trainings", "measurements", "hours"])

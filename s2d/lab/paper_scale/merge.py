@@ -47,12 +47,13 @@ def read_cells(files: Sequence[str | Path], wanted: Sequence[Cell]) -> dict[Cell
     return found
 
 
-def value_of(row: Row, result: Mapping[str, Any]) -> tuple[float, int]:
+def value_of(row: Row, result: Mapping[str, Any], layers: Mapping[Any, int] | None = None) -> tuple[float, int]:
     """A row's value in its unit, and on how many items it was measured.
 
     Args:
         row: of :func:`~s2d.lab.paper_scale.experiments.rows`.
         result: what the command of its cell wrote.
+        layers: the block, counted from 0, that each layer number of Table 7 is taken for; by default the same.
 
     Raises:
         ValueError: if the result lacks it.
@@ -66,7 +67,8 @@ def value_of(row: Row, result: Mapping[str, Any]) -> tuple[float, int]:
     kind, path = row.cell.kind, row.cell.path
     try:
         if kind == "diagnose":
-            ending = f".{row.reported['layer']}.mlp.{row.weight}"
+            printed = int(row.reported["layer"])
+            ending = f".{(layers or {}).get(printed, printed)}.mlp.{row.weight}"
             (layer,) = (layer for layer in result["layers"] if f".{layer['layer']}".endswith(ending))
             return float(DIAGNOSIS[row.reported["metric"]](layer)), int(result["items"])
         if kind == "quantize":
@@ -85,7 +87,7 @@ def merged(table: str, config: Mapping[str, Any], files: Sequence[str | Path]) -
 
     Args:
         table: a key of :data:`~s2d.lab.paper_scale.experiments.TABLES`.
-        config: with ``seeds``, and ``sweep`` for the table of that name.
+        config: with ``seeds``, ``networks``, and ``sweep`` for the table of that name.
         files: of all its measurements; others may be among them.
 
     Returns:
@@ -99,7 +101,9 @@ def merged(table: str, config: Mapping[str, Any], files: Sequence[str | Path]) -
     results = read_cells(files, list(dict.fromkeys(row.cell for row in planned)))
     found = []
     for row in planned:
-        value, items = value_of(row, results[row.cell])
+        network = (config.get("networks") or {}).get(row.cell.training.network, {})
+        layers = {int(printed): block for printed, block in network.get("layers", {}).items()}  # JSON has text keys
+        value, items = value_of(row, results[row.cell], layers)
         named = {name: text for name, text in row.reported.items() if name not in NOT_OURS}
         named |= {"weight": row.weight} if row.weight else {}
         found.append(named | {"seed": row.cell.training.seed, "value": value, "items": items})
