@@ -39,7 +39,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_BACKEND),$(PY) -m pip install --quiet --disable-pip-version-check uv)
-	$(INSTALL) -c constraints.txt -e '.[lab,dev,integrations,int8,models,book]'
+	$(INSTALL) -c constraints.txt -e '.[lab,dev,integrations,int8,models,train,book]'
 	@touch $@
 
 setup: $(VENV)/installed ## install everything into .venv (the other targets do it themselves)

@@ -111,13 +111,12 @@ def test_it_learns(data, tmp_path):
 # --- interruptions ---
 
 
-@pytest.mark.parametrize("step", [4, 6])
-def test_killed_while_a_checkpoint_is_written_and_resumed_it_ends_with_the_same_bits(step, whole, data, tmp_path):
+def test_killed_while_a_checkpoint_is_written_and_resumed_it_ends_with_the_same_bits(whole, data, tmp_path):
     arguments = [*VIT, *sources(data), "-o", str(tmp_path / "run"), *EVERYTHING]
-    killed = run([str(WORKER), str(step), "0", *arguments])
+    killed = run([str(WORKER), "6", "0", *arguments])
     assert killed.returncode == -9, killed.stderr
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert left == {4: ["step-2", "step-3"], 6: ["step-3", "step-4"]}[step]  # step 3 ends the first epoch
+    assert left == ["step-3", "step-4"]  # step 3 ends the first epoch, 4 is in the middle of the second
     assert not (tmp_path / "run" / "model").exists()
     assert main(["train", *arguments]) == 0
     assert largest_difference(tmp_path / "run", whole) == 0
@@ -160,7 +159,10 @@ def shards(folder: Path, root: Path) -> str:
         with tarfile.open(folder / f"train-{number:02}.tar", "w") as tar:
             for file in files[number::2]:
                 key = f"{file.parent.name}_{file.stem}"
-                for ending, content in ((".png", file.read_bytes()), (".cls", b"%d" % COLOURS.index(key.split("_")[0]))):
+                for ending, content in (
+                    (".png", file.read_bytes()),
+                    (".cls", b"%d" % COLOURS.index(key.split("_")[0])),
+                ):
                     member = tarfile.TarInfo(f"./{key}{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -179,9 +181,7 @@ def test_shards_hold_the_images_of_the_folder(data, tmp_path):
 def test_training_on_shards_and_on_a_hugging_face_set(data, tmp_path):
     datasets = pytest.importorskip("datasets")
     images = [(picture(label, [0, label, i]), label) for label in range(3) for i in range(12)]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS))}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS))})
     columns = {"image": [image for image, _ in images], "label": [label for _, label in images]}
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "train-00000.parquet")

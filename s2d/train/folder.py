@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import s2d
@@ -163,9 +164,9 @@ def versions() -> dict[str, str]:
 
     Paper: none.
     """
-    packages = [name for name in ("accelerate", "datasets", "timm", "torch", "transformers") if _version(name)]
-    found = {name: _version(name) for name in packages}
-    return {"python": platform.python_version(), "s2d": s2d.__version__} | found
+    packages = [name for name in ("accelerate", "datasets", "timm", "transformers") if _version(name)]
+    own = {"python": platform.python_version(), "s2d": s2d.__version__, "torch": torch.__version__}
+    return own | {name: _version(name) for name in packages}
 
 
 def _version(name: str) -> str | None:
@@ -173,4 +174,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-

@@ -68,11 +68,11 @@ def train_language(
     """
     transformers = need("transformers", "s2d train language")
     settings = settings or LanguageSettings()
-    accelerator = start(settings, cpu=cpu)
-    check_precision(settings, accelerator.device)
-    if settings.sharding == "fsdp2" and accelerator.device.type == "cpu":
+    processes = start(settings, cpu=cpu)
+    check_precision(settings, processes.device)
+    if settings.sharding == "fsdp2" and processes.device.type == "cpu":
         raise ValueError("sharding=fsdp2 of a language model needs an accelerator, as the Trainer has none on a CPU")
-    micro, accumulation = share_of(settings, accelerator.num_processes)
+    micro, accumulation = share_of(settings, processes.num_processes)
     args = argparse.Namespace(model=model, arch=None, model_options={}, pretrained=False, sequence_length=1)
     source = model_source(args)
     rows, val_rows = read_conversations(data, "--data"), read_conversations(val, "--val") if val else []
@@ -84,11 +84,11 @@ def train_language(
         "data": {"train": data, "items": len(rows), "val": val},
         "settings": asdict(settings),
         "versions": versions(),
-        "device": str(accelerator.device),
-        "processes": accelerator.num_processes,
+        "device": str(processes.device),
+        "processes": processes.num_processes,
     }
     folder.check(described, resume=resume, free=free_names(LanguageSettings))
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     if (done := folder.done()) is not None:
         return done
     transformers.set_seed(settings.seed)
@@ -99,10 +99,10 @@ def train_language(
     train_set = _encoded(tokenizer, rows, settings.max_length, "--data")
     val_set = _encoded(tokenizer, val_rows, settings.max_length, "--val") if val else None
     steps_per_epoch = _check_count(len(train_set), data, settings)
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         folder.begin(described)
         _drop_broken(folder.checkpoints)
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     history = _History(folder, subject.model, steps_per_epoch)
     callbacks: list[Any] = [history.callback(transformers), _marker(transformers)]
     if settings.decay == "s2d":
@@ -119,7 +119,7 @@ def train_language(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=_newest(folder.checkpoints))
-    return _finish(accelerator, trainer, folder, subject, settings, history, len(rows))
+    return _finish(processes, trainer, folder, subject, settings, history, len(rows))
 
 
 def _check_count(count: int, data: str, settings: LanguageSettings) -> int:
@@ -302,7 +302,7 @@ class _History:
 
 
 def _finish(
-    accelerator: Any,
+    processes: Any,
     trainer: Any,
     folder: RunFolder,
     subject: Subject,
@@ -313,9 +313,9 @@ def _finish(
     """``model`` and ``done.json``."""
     result = {"epochs": settings.epochs, "steps": trainer.state.global_step, "conversations": count}
     result |= history.rows[-1]
-    net = accelerator.unwrap_model(trainer.model)
+    net = trainer.accelerator.unwrap_model(trainer.model)
     state = {name: whole(tensor).cpu() for name, tensor in net.state_dict().items()}
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         net.config.use_cache = json.loads((subject.folder / "config.json").read_text()).get("use_cache", True)
 
         def fill(new: Path) -> None:
@@ -324,5 +324,5 @@ def _finish(
 
         write_folder_atomically(folder.model, fill, overwrite=True)
         folder.finish(result)
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     return result

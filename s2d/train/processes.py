@@ -12,11 +12,14 @@ from s2d.train.settings import Settings
 
 
 def start(settings: Settings, *, cpu: bool = False) -> Any:
-    """An ``accelerate.Accelerator`` for the settings: this process, or one of those that torchrun started.
+    """The processes that train: this one, or those that torchrun started.
 
     Args:
-        settings: of which ``precision`` counts.
+        settings: of which ``sharding`` counts.
         cpu: whether accelerators are left alone.
+
+    Returns:
+        An ``accelerate.PartialState``, which knows them and their devices.
 
     Raises:
         ValueError: for ``sharding=fsdp2`` without several processes.
@@ -27,7 +30,7 @@ def start(settings: Settings, *, cpu: bool = False) -> Any:
     accelerate = need("accelerate", "training")
     if settings.sharding == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ValueError("sharding=fsdp2 needs several processes: start with torchrun --nproc-per-node N -m s2d train")
-    return accelerate.Accelerator(cpu=cpu, mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    return accelerate.PartialState(cpu=cpu)
 
 
 def check_precision(settings: Settings, device: torch.device) -> None:

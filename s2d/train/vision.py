@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,9 +80,11 @@ def train_vision(
     Paper: fine-tuning of the main text (second-hand).
     """
     settings = settings or VisionSettings()
-    accelerator = start(settings, cpu=cpu)
-    check_precision(settings, accelerator.device)
-    chunk, accumulation = share_of(settings, accelerator.num_processes)
+    processes = start(settings, cpu=cpu)
+    check_precision(settings, processes.device)
+    chunk, accumulation = share_of(settings, processes.num_processes)
+    # Autocast is ours: a process can have one mixed precision of accelerate only.
+    accelerator = need("accelerate", "training").Accelerator(cpu=cpu, mixed_precision="no")
     accelerator.gradient_accumulation_steps = accumulation
     run = _Vision(accelerator, RunFolder(output), settings, chunk)
     run.prepare(
@@ -145,7 +148,8 @@ class _Vision:
         if self.finished is not None:
             return
         if source in ("timm", "file"):
-            args.model_options |= {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
+            more = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
+            args.model_options = args.model_options | more
         seed_everything(seed_from(settings.seed, "head"))
         self.subject = load_model(args, source)
         self._fit_to_data(timm, classes)
@@ -169,13 +173,14 @@ class _Vision:
         model, settings = self.subject.model, self.settings
         size = tuple(self.subject.shape[1:])
         if settings.image_size is not None and size != (settings.image_size,) * 2:
-            if not hasattr(model, "set_input_size"):
-                raise ValueError(f"image_size is {settings.image_size}, {self.subject.name} takes {size} only")
-            try:
-                model.set_input_size(img_size=(settings.image_size,) * 2)
-            except (AssertionError, ValueError) as error:
-                raise ValueError(f"image_size is {settings.image_size}: the model refuses it ({error})") from None
+            patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
+            if not hasattr(model, "set_input_size") or settings.image_size % patch:
+                raise ValueError(
+                    f"image_size is {settings.image_size}, and {self.subject.name} is for {size[0]}, in patches of "
+                    f"{patch}: give a multiple of {patch}, or leave it out"
+                )
             size = (settings.image_size,) * 2
+            model.set_input_size(img_size=size)
         self.subject.shape = (self.subject.shape[0], *size)
         if getattr(model, "num_classes", None) != classes or self._other_labels():
             model.reset_classifier(classes)
@@ -312,7 +317,7 @@ class _Vision:
         if self.mixup is not None:  # which smooths the labels itself
             images, labels = self.mixup(images, labels)
             smoothing = 0.0
-        with self.accelerator.autocast():
+        with self._autocast():
             output = self.model(images)
         return F.cross_entropy(output.float(), labels, label_smoothing=smoothing)
 
@@ -346,7 +351,7 @@ class _Vision:
     def _end_epoch(self) -> None:
         chunks = self.steps_per_epoch * self.settings.batch_size // self.chunk
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "lr": self._rate()}
-        row["train_loss"] = self._total(self.loss).item() / chunks
+        row["train_loss"] = self._total_loss() / chunks
         row |= self._validate() | self._spectrum()
         if self.decay is not None:
             metrics = self.decay.metrics()
@@ -373,7 +378,7 @@ class _Vision:
         with _largest_output(net) as largest:
             pictures = loader(self.quiet(self.val), keys, self.settings.workers, accelerator.device.type == "cuda")
             for (_, counted), (images, labels) in zip(batches, pictures, strict=True):
-                with accelerator.autocast():
+                with self._autocast():
                     output = net(images.to(accelerator.device)).float()[:counted]
                 labels = labels.to(accelerator.device)[:counted]
                 sums[0] += F.cross_entropy(output, labels, reduction="sum")
@@ -392,19 +397,27 @@ class _Vision:
         ]
         return {"sigma_1": max(upper for _, upper in bounds)}
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
     def _total(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor.clone(), reduction="sum")
+
+    def _total_loss(self) -> float:
+        """Summed over the chunks of this epoch so far, on all processes."""
+        loss = self._total(self.loss).item()
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss} at step {self.step}: lower lr or lam, or check the data; {self.folder.path} keeps "
+                "the checkpoints before it"
+            )
+        return loss
 
     # --- what is kept
 
     def _save(self, epoch: int) -> None:
         """A checkpoint, after whose step epoch ``epoch`` goes on."""
-        loss = self._total(self.loss).item()
-        if not torch.isfinite(torch.tensor(loss)):
-            raise RuntimeError(
-                f"the loss is {loss} at step {self.step}: lower lr or lam, or check the data; {self.folder.path} has "
-                "the checkpoints before it"
-            )
+        loss = self._total_loss()
         tensors = gather(self.net, self.optimizer.optimizer)
         if self.ema is not None:
             tensors |= {f"ema.{name}": t.cpu().clone() for name, t in self.ema.module.state_dict().items()}
@@ -429,9 +442,7 @@ class _Vision:
             self.plain.load_state_dict({name: state[f"model.{name}"].cpu() for name in names})
             subject = Subject(self.plain.eval(), self.subject.name, None, self.subject.shape)
             subject.label_ids = self.subject.label_ids
-            write_folder_atomically(
-                self.folder.model, lambda folder: save_checkpoint(subject, folder), overwrite=True
-            )
+            write_folder_atomically(self.folder.model, lambda folder: save_checkpoint(subject, folder), overwrite=True)
             if self.settings.qat_w_bits is not None:
                 quantized = self.folder.path / "quantized"
                 save_quantized(finish_qat(copy.deepcopy(net)).cpu(), quantized, overwrite=quantized.exists())
