@@ -20,12 +20,13 @@ export S2D_WORKERS ?= $(CORES)
 TEST_OUTPUT := $(CURDIR)/build/test
 SOURCES := $(shell find s2d -name '*.py') $(wildcard data/paper/*.csv) $(wildcard data/laptop/checkpoints/*.safetensors)
 
-.PHONY: help figures test test-kernels notebooks book refresh replay fetch bench lint format setup clean
+.PHONY: help figures paper test test-kernels notebooks book refresh replay fetch bench lint format setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
-	@echo "variables:  SCALE=smoke|laptop|gpu (paper is refused with what it lacks)   FROM=store|scratch   CORES=$(CORES)"
+	@echo "variables:  SCALE=smoke|laptop|gpu|paper   FROM=store|scratch   CORES=$(CORES)"
+	@echo "            IMAGENET= GSM8K= DOLCI= and PROFILE=local|slurm|kubernetes|cluster-generic of SCALE=paper (REPRODUCING.md)"
 	@echo "            TORCH_BACKEND=cpu|cu128|... in the set-up (another torch than the registry's, which brings CUDA)"
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
@@ -47,10 +48,19 @@ setup: $(VENV)/installed ## install everything into .venv (the other targets do 
 # --- the main job -----------------------------------------------------------------------------------------------------
 SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --config scale=$(SCALE) from=$(FROM) --rerun-incomplete --quiet rules
 
-figures: $(VENV)/installed ## run the notebooks as a batch and draw every figure (SCALE=, FROM=scratch retrains)
+figures: $(VENV)/installed $(if $(filter paper,$(SCALE)),paper) ## run the notebooks as a batch and draw every figure (SCALE=, FROM=scratch retrains)
 	@# A killed run leaves its lock behind; only this Makefile starts Snakemake here, so the lock is not another run's.
 	@$(SNAKEMAKE) --unlock >/dev/null 2>&1 || true
 	$(SNAKEMAKE)
+
+# The paper's tables with the paper's networks. What is missing is said at once, before anything is begun.
+PROFILE ?= local
+PAPER_DATA = $(foreach name,imagenet imagenet_split gsm8k dolci,$(name): "$($(shell echo $(name) | tr a-z A-Z))",)
+PAPER_CONFIG = 'data={$(PAPER_DATA)}' $(if $(SEEDS),'seeds=$(SEEDS)') $(if $(TABLES),'tables=$(TABLES)') $(CONFIG)
+
+paper: $(VENV)/installed ## the paper's own tables, a job a GPU (IMAGENET=, PROFILE=slurm, TABLES="6 11", SEEDS="0 1")
+	$(PY) -m snakemake --snakefile paper/Snakefile --workflow-profile profiles/$(PROFILE) $(RESOURCES) --config $(PAPER_CONFIG)
+	$(PY) -m s2d.lab.paper_scale show
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 test: $(VENV)/installed ## unit tests and doctests, then nbval on every notebook that changed since it last passed

@@ -1,12 +1,12 @@
 """The commands of the paper's batch; ``paper/Snakefile`` calls the first four::
 
-    python -m s2d.lab.paper_scale check   what the batch needs and this place lacks
-    python -m s2d.lab.paper_scale answer  GSM8K, by a model that is quantized or not
-    python -m s2d.lab.paper_scale merge   a table of ours out of its measurements
-    python -m s2d.lab.paper_scale show    ours beside the paper's
-    python -m s2d.lab.paper_scale split   training images put aside, to choose settings by
-    python -m s2d.lab.paper_scale tiny    the data of paper/tiny.yaml, the batch in miniature
-    python -m s2d.lab.paper_scale hours   what it takes
+python -m s2d.lab.paper_scale check   what the batch needs and this place lacks
+python -m s2d.lab.paper_scale answer  GSM8K, by a model that is quantized or not
+python -m s2d.lab.paper_scale merge   a table of ours out of its measurements
+python -m s2d.lab.paper_scale show    ours beside the paper's
+python -m s2d.lab.paper_scale split   training images put aside, to choose settings by
+python -m s2d.lab.paper_scale tiny    the data of paper/tiny.yaml, the batch in miniature
+python -m s2d.lab.paper_scale hours   what it takes
 """
 
 from __future__ import annotations

@@ -115,7 +115,12 @@ def table(config: Mapping[str, Any]) -> pd.DataFrame:
     asked = [name for name in asked_tables(config) if name != "sweep"]
     rows = [(name, {**one, "tables": [name]}) for name in asked] + [("all, shared", {**one, "tables": asked})]
     found = [
-        (name, len(trainings(part)), len(cells(part)), round(sum(training_hours(training, config) for training in trainings(part)), 1))
+        (
+            name,
+            len(trainings(part)),
+            len(cells(part)),
+            round(sum(training_hours(training, config) for training in trainings(part)), 1),
+        )
         for name, part in rows
     ]
     return pd.DataFrame(found, columns=["table", "trainings", "measurements", "hours"])

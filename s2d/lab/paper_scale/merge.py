@@ -114,7 +114,7 @@ def save_merged(table: str, config: Mapping[str, Any], files: Sequence[str | Pat
     """Write a table of ours to ``data/<run>``, with its provenance.
 
     Args:
-        table, config, files: as of :func:`merged`.
+        table, config, files: as of :func:`merged`; ``smoke: true`` marks a run whose numbers mean nothing.
         run: the folder; the paper's own is refused.
 
     Returns:
@@ -126,7 +126,7 @@ def save_merged(table: str, config: Mapping[str, Any], files: Sequence[str | Pat
     results = read_cells(files, list(dict.fromkeys(row.cell for row in rows(table, config))))
     settings = {
         "seeds": list(config["seeds"]),
-        "smoke_run": any(result.get("smoke_run") for result in results.values()),
+        "smoke_run": bool(config.get("smoke")) or any(result.get("smoke_run") for result in results.values()),
         "hardware": sorted({result["hardware"] for result in results.values() if "hardware" in result}),
     }
     source = provenance("s2d.lab.paper_scale.merge", settings)
@@ -205,6 +205,8 @@ def shown(table: str, *, run: str) -> str:
         return ours.to_string(index=False, na_rep="")
     found = compare(ours, table)
     named = [name for name in found.columns[: list(found.columns).index("reported")] if found[name].nunique() > 1]
-    numbers = found[["reported", "ours", "std", "difference"]].map(lambda number: f"{number:.2f}")
+    numbers = found[["reported", "ours", "std", "difference"]].map(
+        lambda number: "" if pd.isna(number) else f"{number:.2f}"
+    )
     lines = pd.concat([found[named], numbers, found[["seeds", "inside"]]], axis=1)
-    return lines.fillna("").to_string(index=False)
+    return lines.to_string(index=False)

@@ -84,7 +84,9 @@ def _lacking_weights(name: str, network: Mapping[str, Any]) -> list[str]:
     hub = network.get("hub")
     if not hub or Path(str(network["model"])).exists() or _cached(hub):
         return []
-    return [f"the weights of {name}: hf download {hub} where there is a network (HF_HOME on a disk that every node sees)"]
+    return [
+        f"the weights of {name}: hf download {hub} where there is a network (HF_HOME on a disk that every node sees)"
+    ]
 
 
 def _cached(hub: str) -> bool:

@@ -18,7 +18,8 @@ from s2d.files import write_folder_atomically
 from s2d.lab.word_problems import problems
 from s2d.packages import need
 
-CLASSES = ("checks", "columns", "rows", "slope")
+TINTS = dict(zip(("checks", "columns", "rows", "slope"), np.vstack([np.eye(3), np.ones((1, 3))]), strict=True))
+"""Class to the colour that it tends to: easy enough for a few steps, too hard to be always right."""
 PIXELS = 32
 IMAGES = {"train": 16, "val": 8}
 """Of each class."""
@@ -54,17 +55,17 @@ def _fill(folder: Path) -> None:
 
 
 def _pattern(name: str, random: np.random.Generator) -> np.ndarray:
-    """Grey levels of one image: its class's pattern, moved and under noise."""
+    """One image: its class's pattern and tint, moved and under noise."""
     y, x = np.mgrid[:PIXELS, :PIXELS] + random.integers(0, 8, size=(2, 1, 1))
     wave = {"checks": (x // 8 + y // 8) % 2, "columns": x // 8 % 2, "rows": y // 8 % 2, "slope": (x + y) // 8 % 2}[name]
-    grey = 90 + 80 * wave[..., None] + random.normal(0, 12, size=(PIXELS, PIXELS, 3))
-    return grey.clip(0, 255).astype(np.uint8)
+    colour = 90 + 40 * wave[..., None] + 25 * TINTS[name] + random.normal(0, 25, size=3)
+    return (colour + random.normal(0, 12, size=(PIXELS, PIXELS, 3))).clip(0, 255).astype(np.uint8)
 
 
 def _images(folder: Path) -> None:
     pillow = need("PIL.Image", "images")
     for split, count in IMAGES.items():
-        for label, name in enumerate(CLASSES):
+        for label, name in enumerate(TINTS):
             random = np.random.default_rng([label, len(split)])
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
