@@ -48,7 +48,7 @@ def qsub(script: Path) -> int:
         # The imports of Snakemake and of the job are done already in a server that forks; see job_server.py.
         (job / "script").write_text(text.replace(f"{sys.executable} -m", f"{SETTINGS['client']} -m"))
         subprocess.Popen(
-            [sys.executable, "-S", "-E", __file__, "execute", str(job)],
+            [sys.executable, "-S", "-E", str(Path(__file__).resolve()), "execute", str(job)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ import torch
 from s2d.console import exit_code, say
 from s2d.files import can_write, write_text
 from s2d.lab.paper_scale import answers, hours, merge, requirements, split, tiny
-from s2d.lab.paper_scale.experiments import TABLES, asked_tables, check_table, seeds_of
+from s2d.lab.paper_scale.experiments import TABLES, asked_tables, check_table, seeds_of, with_locations
 from s2d.lab.paths import repository_root
 from s2d.packages import need
 from s2d.ptq.command.arguments import Parser, usable_device, whole
@@ -35,6 +35,7 @@ def parser() -> Parser:
 
     check = commands.add_parser("check", help="say all that is missing, before anything is begun")
     _add_configuration(check)
+    check.add_argument("data", nargs="*", metavar="NAME=VALUE", help="where data is, such as IMAGENET=FOLDER")
     check.add_argument("--gpu", action="store_true", help="jobs run on this machine, on a GPU")
     check.add_argument("--made", action="store_true", help="the tables of the batch have to be there")
 
@@ -124,6 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     config = read_configuration(args.config)
+    for text in args.data:
+        name, equals, value = text.partition("=")
+        if not equals or name.lower() not in (config.get("data") or {}):
+            raise ValueError(f"{text!r} is no place of data: give such as IMAGENET=FOLDER")
+        config[name] = value
+    config = with_locations(config)
     missing = requirements.lacking_tables(config) if args.made else []
     if missing or not args.made:  # the data is for making the tables
         missing += requirements.lacking(config, gpu=False)

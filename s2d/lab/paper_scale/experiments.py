@@ -286,6 +286,19 @@ def by_path(found: Iterable[Training | Cell]) -> dict[str, Training | Cell]:
     return named
 
 
+def with_locations(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose ``data`` says where ``IMAGENET=`` and the like point to, as a command line has them.
+
+    Example:
+        >>> with_locations({"data": {"gsm8k": ""}, "GSM8K": "/data/gsm8k"})
+        {'data': {'gsm8k': '/data/gsm8k'}}
+    """
+    data = dict(config.get("data") or {})
+    given = {name: config[name.upper()] for name in data if config.get(name.upper())}
+    rest = {name: value for name, value in config.items() if name.lower() not in data}
+    return rest | {"data": data | given}
+
+
 def needed_data(config: Mapping[str, Any]) -> list[str]:
     """The keys of ``data`` that the asked tables need.
 
