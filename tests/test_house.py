@@ -95,7 +95,7 @@ def attributes(tree: ast.AST) -> frozenset[str]:
 
 
 def upward_imports(module: str, trees: dict[str, ast.AST]) -> list[str]:
-    """Where a module imports from a layer that may only know of it; of the integrations only their users, training and the lab, know."""
+    """Where a module imports from a layer that may only know of it; the integrations are for training and the lab."""
     own = LAYERS[layer(module)]
     below = set(LAYERS[: layer(module) + 1])
     users = {"s2d.train": below, "s2d.lab": below}

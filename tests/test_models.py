@@ -109,6 +109,23 @@ def test_what_is_not_as_it_should_be_is_refused(
         locate(name)
 
 
+def test_a_folder_of_timm_is_loaded_with_its_size_and_labels_and_a_damaged_one_named(tmp_path: Path) -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 2}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    names = {"label_names": ["cat", "dog"]}
+    config = {"input_size": (3, 32, 32)}
+    timm.models.save_for_hf(model, tmp_path, model_config=names, safe_serialization=True, data_config=config)
+    subject = load(str(tmp_path))
+    assert subject.shape == (3, 32, 32) and subject.label_ids == {"cat": 0, "dog": 1}
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(subject.model(x), model(x))
+    with pytest.raises(ValueError, match="--arch is not for a folder of timm"):
+        load(str(tmp_path), arch="vit_tiny_patch16_224")
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="cannot be loaded by timm"):
+        load(str(tmp_path))
+
+
 def test_a_hub_that_cannot_be_reached_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -253,7 +253,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
         (["--set", "batch_size=500"], "has 36 images, batch_size is 500"),
         (["--set", "sharding=fsdp2"], "needs several processes"),
         (["--set", "classes=2"], "classes is 2, and the data has the label 2"),
-        (["--set", "image_size=30"], "image_size is 30"),
+        (["--set", "image_size=30"], "in patches of 8: give a multiple of 8"),
+        (["--set", "auto_augment=nonsense-m9"], "auto_augment is 'nonsense-m9', which timm does not know"),
+        (["--val", "{root}/train"], "--val is --data"),
         (["--val", "nowhere"], "--val nowhere does not exist"),
         (["--data", "nowhere"], "--data nowhere does not exist"),
         (["--data", "{root}"], "holds train, val: give one of these folders"),
@@ -292,8 +294,9 @@ def test_a_shard_without_labels_and_a_damaged_image_are_named(data, tmp_path, ca
     root = image_folder(tmp_path / "broken", 6, 0)
     for file in (root / "red").iterdir():
         file.write_bytes(b"no image")
-    told = fails([*VIT, "--data", str(root), "-o", str(tmp_path / "run"), *settings()], capsys)
-    assert "red" in told and "cannot be read as an image" in told
+    for workers in (0, 1):
+        told = fails([*VIT, "--data", str(root), "-o", str(tmp_path / "run"), *settings(workers=workers)], capsys)
+        assert "red" in told and "cannot be read as an image" in told and "Traceback" not in told
 
 
 def test_from_python(data, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -219,9 +219,23 @@ class Pictures(Dataset):
         return self.transform(image), label
 
 
-def loader(pictures: Pictures, keys: Sequence[Sequence[tuple[int, int]]], workers: int, pin: bool) -> DataLoader:
-    """Batches of the given keys, in their order.
+def batches_of(
+    pictures: Pictures, keys: Sequence[Sequence[tuple[int, int]]], workers: int, pin: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of the given keys, batch by batch in their order.
+
+    Args:
+        pictures: what is read.
+        keys: epoch and index of each image of each batch.
+        workers: processes that read.
+        pin: whether batches are put where a GPU copies from quickly.
+
+    Raises:
+        ValueError: for an image that cannot be read.
 
     Paper: none.
     """
-    return DataLoader(pictures, batch_sampler=keys, num_workers=workers, pin_memory=pin)
+    try:
+        yield from DataLoader(pictures, batch_sampler=keys, num_workers=workers, pin_memory=pin)
+    except ValueError as error:  # a worker's is a whole traceback, whose last line says what it was
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from s2d.bound import spectral_norm_bounds
@@ -200,7 +199,7 @@ def _arguments(
     )
 
 
-# --- checkpoints of the Trainer, which writes them file by file --------------------------------------------------------
+# --- checkpoints of the Trainer, which writes them file by file -------------------------------------------------------
 
 
 def _marker(transformers: Any) -> Any:
@@ -232,7 +231,7 @@ def _newest(folder: Path) -> str | None:
     return next((str(path) for path in _checkpoints(folder) if (path / WHOLE).exists()), None)
 
 
-# --- history -----------------------------------------------------------------------------------------------------------
+# --- history ----------------------------------------------------------------------------------------------------------
 
 
 class _History:

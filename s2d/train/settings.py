@@ -75,7 +75,7 @@ class Settings:
     lam: float = _number(5e-4, 0, math.inf)
     power: float = _number(2.0, 0.01, 100)
     tau: float = _number(0.95, 1e-9, 1)
-    k_max: int | None = _count(3)
+    k_max: int | None = _count(3, optional=True)
     refresh_every: int = _count(100)
     criterion: str = _choice("activation", *CRITERIA)
     coefficients: str = _choice("cached", *COEFFICIENTS)
@@ -262,22 +262,22 @@ def _check_names(kind: type[Settings], given: Mapping[str, Any], where: str) -> 
 def _checked(entry: dataclasses.Field, value: Any) -> Any:
     """The value of a setting, of its kind and in its range."""
     notes, name = entry.metadata, entry.name
-    if value is None and entry.default is None or name == "k_max" and value is None:
+    if value is None and (entry.default is None or notes.get("optional")):
         return None
     if notes["kind"] is float:
-        try:  # YAML reads 1e-4 as a text
-            value = float(value) if not isinstance(value, bool) else math.nan
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)  # YAML reads 1e-4 as a text
         except (TypeError, ValueError):
-            value = math.nan if not isinstance(value, str) else value
-        if isinstance(value, str) or not notes["low"] <= value <= notes["high"] or math.isinf(value):
+            number = math.nan
+        if not notes["low"] <= number <= notes["high"] or math.isinf(number):
             raise ValueError(f"{name} is {value!r}: give a number from {notes['low']:g} to {notes['high']:g}")
-    elif notes["kind"] is int:
+        return number
+    if notes["kind"] is int:
         if isinstance(value, bool) or not isinstance(value, int) or value < notes["low"]:
             raise ValueError(f"{name} is {value!r}: give a whole number of {notes['low']} or more")
     elif notes["kind"] is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}: give true or false")
     elif not isinstance(value, str) or value not in notes.get("known", (value,)):
-        known = ", ".join(notes.get("known", ())) or "a text"
-        raise ValueError(f"{name} is {value!r}: choose {known}")
+        raise ValueError(f"{name} is {value!r}: choose {', '.join(notes.get('known', ())) or 'a text'}")
     return value

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,12 @@ from s2d.files import write_folder_atomically
 from s2d.layers import linear_maps
 from s2d.models.loading import data_config, load_model, model_source
 from s2d.models.saving import save_checkpoint
-from s2d.models.subject import Subject
 from s2d.packages import need
 from s2d.ptq.checkpoint import save_quantized
 from s2d.ptq.qat import begin_qat, finish_qat
 from s2d.regularizer import SelectiveSpectralDecay
 from s2d.train.folder import RunFolder, versions
-from s2d.train.images import Pictures, loader, open_images
+from s2d.train.images import Pictures, batches_of, open_images
 from s2d.train.order import chunks_of_epoch, epoch_order, seed_everything, seed_from, shares
 from s2d.train.processes import check_precision, share_of, start
 from s2d.train.settings import VisionSettings, free_names
@@ -124,6 +123,8 @@ class _Vision:
             )
         self.images = open_images(data, "--data")
         classes = self._classes()
+        if val == data:
+            raise ValueError(f"--val is --data, {data}: give other images, or leave --val out")
         self.val = None if val is None else open_images(val, "--val", self.images.classes)
         if self.val is not None and max(self.val.labels) >= classes:
             raise ValueError(f"--val {val} has the label {max(self.val.labels)}, there are {classes} classes")
@@ -153,6 +154,7 @@ class _Vision:
         seed_everything(seed_from(settings.seed, "head"))
         self.subject = load_model(args, source)
         self._fit_to_data(timm, classes)
+        self._prepare_pictures(timm)
         if self.accelerator.is_main_process:
             self.folder.begin(described)
         self.plain = copy.deepcopy(self.subject.model)  # what is saved in the end: before rounding and sharding
@@ -185,9 +187,27 @@ class _Vision:
         if getattr(model, "num_classes", None) != classes or self._other_labels():
             model.reset_classifier(classes)
         self.subject.label_ids = {name: label for label, name in enumerate(self.images.classes)}
-        self.data_config = data_config(timm, model, {"in_chans": self.subject.shape[0]})
-        self.data_config["input_size"] = self.subject.shape
-        self.mode = "L" if self.subject.shape[0] == 1 else "RGB"
+
+    def _prepare_pictures(self, timm: Any) -> None:
+        """The images as the model takes them, augmented for training and as they are for all else."""
+        settings, channels = self.settings, self.subject.shape[0]
+        config = data_config(timm, self.subject.model, {"in_chans": channels}) | {"input_size": self.subject.shape}
+        mode = "L" if channels == 1 else "RGB"
+        quiet = timm.data.create_transform(**config, is_training=False)
+        self.quiet = lambda images: Pictures(images, quiet, mode)
+        try:
+            augmented = timm.data.create_transform(
+                **{name: value for name, value in config.items() if name not in ("crop_pct", "crop_mode")},
+                is_training=True,
+                scale=(settings.crop_min, 1.0),
+                hflip=settings.flip,
+                color_jitter=settings.color_jitter or None,
+                auto_augment=settings.auto_augment,
+                re_prob=settings.random_erasing,
+            )
+        except (AssertionError, ValueError, KeyError, IndexError) as error:  # of timm's parser
+            raise ValueError(f"auto_augment is {settings.auto_augment!r}, which timm does not know ({error})") from None
+        self.pictures = Pictures(self.images, augmented, mode, settings.seed)
 
     def _other_labels(self) -> bool:
         """Whether the head is known to be for other classes, or the same in another order."""
@@ -197,9 +217,7 @@ class _Vision:
     def _build(self, timm: Any, classes: int) -> None:
         """Model, optimizer, schedule, data: everything that a step needs."""
         settings, accelerator = self.settings, self.accelerator
-        need("timm.optim", "training"), need("timm.scheduler", "training"), need("timm.loss", "training")
-        quiet = timm.data.create_transform(**self.data_config, is_training=False)
-        self.quiet = lambda images: Pictures(images, quiet, self.mode)
+        need("timm.optim", "training"), need("timm.scheduler", "training")
         if settings.qat_w_bits is not None:
             self.subject.model = begin_qat(
                 self.subject.model.eval(),
@@ -240,16 +258,6 @@ class _Vision:
             self.mixup = timm.data.Mixup(
                 settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=classes
             )
-        transform = timm.data.create_transform(
-            **{name: value for name, value in self.data_config.items() if name not in ("crop_pct", "crop_mode")},
-            is_training=True,
-            scale=(settings.crop_min, 1.0),
-            hflip=settings.flip,
-            color_jitter=settings.color_jitter or None,
-            auto_augment=settings.auto_augment,
-            re_prob=settings.random_erasing,
-        )
-        self.pictures = Pictures(self.images, transform, self.mode, settings.seed)
 
     def _calibration(self) -> Tensor:
         """Training images that set the ranges of the activations in quantization-aware training."""
@@ -300,10 +308,10 @@ class _Vision:
         )  # fmt: skip
         chunks = [chunk for chunk in chunks if chunk[0] >= first]
         keys = [[(self.epoch, index) for index in items] for _, _, items in chunks]
-        batches = loader(self.pictures, keys, settings.workers, accelerator.device.type == "cuda")
+        batches = batches_of(self.pictures, keys, settings.workers, accelerator.device.type == "cuda")
         self.model.train()
         for (step, chunk, _), (images, labels) in zip(chunks, batches, strict=True):
-            images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+            images, labels = (part.to(accelerator.device, non_blocking=True) for part in (images, labels))
             seed_everything(seed_from(settings.seed, "batch", self.epoch, step, chunk))
             with accelerator.accumulate(self.model):
                 loss = self._loss(images, labels)
@@ -376,7 +384,7 @@ class _Vision:
         keys = [[(0, index) for index in items] for items, _ in batches]
         sums = torch.zeros(2, device=accelerator.device)
         with _largest_output(net) as largest:
-            pictures = loader(self.quiet(self.val), keys, self.settings.workers, accelerator.device.type == "cuda")
+            pictures = batches_of(self.quiet(self.val), keys, self.settings.workers, accelerator.device.type == "cuda")
             for (_, counted), (images, labels) in zip(batches, pictures, strict=True):
                 with self._autocast():
                     output = net(images.to(accelerator.device)).float()[:counted]
@@ -440,8 +448,7 @@ class _Vision:
                 state = {f"model.{name}": tensor for name, tensor in net.state_dict().items()}
             names = self.plain.state_dict()
             self.plain.load_state_dict({name: state[f"model.{name}"].cpu() for name in names})
-            subject = Subject(self.plain.eval(), self.subject.name, None, self.subject.shape)
-            subject.label_ids = self.subject.label_ids
+            subject = replace(self.subject, model=self.plain.eval())
             write_folder_atomically(self.folder.model, lambda folder: save_checkpoint(subject, folder), overwrite=True)
             if self.settings.qat_w_bits is not None:
                 quantized = self.folder.path / "quantized"
