@@ -128,7 +128,7 @@ def lossy(client, made, tmp_path_factory) -> tuple[Path, subprocess.CompletedPro
     state = folder / "pbs"
     state.mkdir()
     tiny = yaml.safe_load((folder / "paper" / "tiny.yaml").read_text())
-    settings = {"seed": 3, "loss": 0.1, "client": client, "work": tiny["work"], "runs": tiny["runs"]}
+    settings = {"seed": 22, "loss": 0.1, "client": client, "work": tiny["work"], "runs": tiny["runs"]}
     (state / "settings.json").write_text(json.dumps(settings))
     arguments = [
         "--workflow-profile",

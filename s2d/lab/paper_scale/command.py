@@ -15,16 +15,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from s2d.console import exit_code, say
 from s2d.files import can_write, write_text
 from s2d.lab.paper_scale import answers, hours, merge, requirements, split, tiny
-from s2d.lab.paper_scale.experiments import TABLES, asked_tables, check_table, seeds_of, with_locations
-from s2d.lab.paths import repository_root
-from s2d.packages import need
+from s2d.lab.paper_scale.configuration import read_configuration
+from s2d.lab.paper_scale.experiments import TABLES, check_table, with_locations
 from s2d.ptq.command.arguments import Parser, usable_device, whole
 
 
@@ -79,31 +77,6 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config", default="paper/paper.yaml", metavar="FILE", help="YAML, or the configuration itself as JSON"
     )
-
-
-def read_configuration(text: str) -> dict[str, Any]:
-    """A configuration, from a YAML file or out of JSON.
-
-    Raises:
-        ValueError: for a file that is missing or no mapping, and seeds or tables that are none.
-
-    Example:
-        >>> read_configuration('{"seeds": "0 1"}')["seeds"]
-        [0, 1]
-    """
-    if text.startswith("{"):
-        found = json.loads(text)
-    else:
-        path = Path(text) if Path(text).is_file() else repository_root() / text
-        if not path.is_file():
-            raise ValueError(f"--config {text} does not exist: give a YAML file, such as paper/paper.yaml")
-        yaml = need("yaml", "a configuration")
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"--config {text} holds no names and values: see paper/paper.yaml")
-    found["seeds"] = seeds_of(found.get("seeds", [0]))
-    asked_tables(found)
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Give a command a GPU of its own on a machine with several: python one_gpu.py COMMAND ...
 
-A scheduler does this on a cluster. Here each visible GPU has a lock in the temporary folder, which ends with the process
-that holds it, however that ends. Run by its path, so that torch is not imported to wait.
+On a cluster the scheduler does this. Here each visible GPU has a lock in the temporary folder, which ends with the
+process that holds it, however that ends. Run by its path, so that torch is not imported to wait.
 """
 
 from __future__ import annotations
