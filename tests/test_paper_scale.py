@@ -100,7 +100,7 @@ def test_the_augmentation_goes_through_an_epoch():
     for name in ("SigLIP2-B/16-384", "DINOv3-B"):
         augment = rand_augment_transform(configuration()["networks"][name]["set"]["auto_augment"], {})
         image = Image.new("RGB", (8, 8), (90, 120, 30))
-        for _ in range(2000):
+        for _ in range(300):
             augment(image)
 
 
@@ -325,7 +325,7 @@ def test_measurements_become_the_papers_rows_in_its_order(tmp_path, monkeypatch,
         file.write_text(json.dumps({"test": {"accuracy_quantized": number / 100, "items": 50}, "hardware": "a"}))
         files.append(file)
     table = merged("8", config, files[::-1])
-    assert list(table["value"]) == list(range(12)) and list(table["seed"][:2]) == [0, 1]
+    assert list(table["value"]) == pytest.approx(list(range(12))) and list(table["seed"][:2]) == [0, 1]
     assert [name for name in reported_rows("8")[0] if name not in ("value", "source")] == list(table.columns[:7])
     monkeypatch.setenv("S2D_OUTPUT", str(tmp_path))
     assert main(["merge", "8", "--config", json.dumps(config), "--cells", *map(str, files)]) == 0
@@ -475,4 +475,4 @@ def test_make_paper_hands_on_where_data_is_and_which_tables(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     (line,) = (line for line in done.stdout.splitlines() if "snakemake" in line)
     assert "--workflow-profile profiles/slurm" in line
-    assert line.endswith("--config 'seeds=0 1' 'tables=6 11' IMAGENET=/data/in ")
+    assert line.rstrip().endswith("--config 'seeds=0 1' 'tables=6 11' IMAGENET=/data/in")

@@ -149,7 +149,7 @@ def measure(
     """
     widths = None if bits == "FP" else parse_bits(bits)
     train, test = read_splits(problems)
-    if not 0 < calibration <= len(train):
+    if widths is not None and not 0 < calibration <= len(train):
         raise ValueError(f"--calibration is {calibration}: there are {len(train)} training problems")
     subject = load(folder)
     if subject.kind != "sequences":
