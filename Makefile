@@ -20,7 +20,7 @@ export S2D_WORKERS ?= $(CORES)
 TEST_OUTPUT := $(CURDIR)/build/test
 SOURCES := $(shell find s2d -name '*.py') $(wildcard data/paper/*.csv) $(wildcard data/laptop/checkpoints/*.safetensors)
 
-.PHONY: help figures paper notebooks-on-gpu test test-kernels notebooks book refresh replay fetch bench lint format setup clean
+.PHONY: help figures paper notebooks-on-gpu test coverage test-kernels notebooks book refresh replay fetch bench lint format setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,14 @@ KERNELS ?= default-1 native-2
 
 test-kernels: $(KERNELS:%=test-kernels-%) ## the numeric tests on other kernels and threads (KERNELS="avx2-1 native-2")
 
+# What the core's own tests and doctests run of it, the lines of other processes not counted.
+CORE := attachment bad_calls bound cap diagnosis estimate files layers outliers pcdr reference regularizer spectral watch
+COVERED ?= 90
+
+coverage: $(VENV)/installed ## which lines of the core its tests run; fails below COVERED=90 per cent
+	$(PY) -m pytest -q -n $(CORES) --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=$(COVERED) \
+	  $(CORE:%=tests/test_%.py) $(wildcard s2d/*.py)
+
 test-kernels-%: kernel = $(firstword $(subst -, ,$*))
 test-kernels-%: threads = $(lastword $(subst -, ,$*))
 test-kernels-%: $(VENV)/installed
@@ -119,11 +127,12 @@ fetch: $(VENV)/installed ## the checkpoints that are not committed, from the rel
 	$(PY) -m s2d.lab.publish fetch
 
 bench: $(VENV)/installed ## side-by-side timings
-	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out benchmarks/common.py benchmarks/costs.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
-lint: $(VENV)/installed ## ruff on code and notebooks, and the static notebook check
+lint: $(VENV)/installed ## ruff on code and notebooks, mypy on the core, and the static notebook check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(PY) -m s2d.lab.notebook check $(NOTEBOOKS)
 
 format: $(VENV)/installed ## let ruff format everything

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-import platform
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2d import SingularTriplets
+from s2d.estimate import device_name
+from s2d.files import write_text
 
 SPECTRA = ("planted", "power law", "flat")
+TABLES = Path(__file__).resolve().parents[1] / "data" / "accelerator"
 
 
 def make_weight(kind: str, m: int, n: int, seed: int, device: str = "cpu") -> Tensor:
@@ -80,6 +86,38 @@ def tensor_bytes(tensors) -> int:
 
 
 def hardware(device: str = "cpu") -> str:
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"on {name} ({platform.machine()}, {torch.get_num_threads()} CPU threads{load}), torch {torch.__version__}"
+    return f"on {device_name(device)} ({torch.get_num_threads()} CPU threads{load}), torch {torch.__version__}"
+
+
+def best_device() -> str:
+    """The accelerator if there is one, else the processor."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's: ``NVIDIA H100 80GB HBM3`` gives ``nvidia_h100_80gb_hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
+
+
+def write_table(name: str, rows: Sequence[dict[str, Any]], device: str) -> Path:
+    """Write ``data/accelerator/NAME_DEVICE.csv``, a row for each measurement, with the device and torch's version.
+
+    Args:
+        name: of the table.
+        rows: with the same keys each.
+        device: such as ``"cuda"``.
+    """
+    text = io.StringIO()
+    about = {"device": device_name(device), "torch": torch.__version__.partition("+")[0]}
+    writer = csv.DictWriter(text, [*rows[0], *about], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _short(value) for key, value in (row | about).items()} for row in rows)
+    path = TABLES / f"{name}_{slug(device)}.csv"
+    write_text(path, text.getvalue())
+    print(f"written: {path}")
+    return path
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value

@@ -1,7 +1,7 @@
 """One refresh of every block Linear of a ViT-B/16, warm, against ``torch.linalg.svd`` of the same weights.
 
-    python benchmarks/refresh.py                    # 2 CPU threads, some minutes
-    python benchmarks/refresh.py --device cuda
+    python benchmarks/refresh.py                    # on the accelerator, or 2 CPU threads; some minutes
+    python benchmarks/refresh.py --only width --write      # keeps the table in data/accelerator
     python benchmarks/refresh.py --quick            # 1 block, narrow, nothing repeated
 
 Both sides run in this process. Weights are random with known spectra; the warm start is the answer for the weight
@@ -16,10 +16,11 @@ import argparse
 import statistics
 
 import torch
-from common import SPECTRA, drifted, errors, hardware, make_weight, tensor_bytes, timed
+from common import SPECTRA, best_device, drifted, errors, hardware, make_weight, tensor_bytes, timed, write_table
 from torch import Tensor
 from tqdm import tqdm
 
+from s2d import SelectiveSpectralDecay
 from s2d.regularizer import REFRESH_TOL
 from s2d.spectral import SolvedTriplets, solve_top_triplets
 
@@ -85,25 +86,67 @@ def vit_table(args: argparse.Namespace) -> None:
         print(f"peak extra memory of a refresh: {extra / 1e6:.1f} MB, {100 * extra / weights:.1f} % of the weights")
 
 
-def width_table(args: argparse.Namespace) -> None:
-    widths = (512, 1024) if args.quick else (512, 1024, 2048, 4096, 8192)
-    print(f"\none square weight, cold and warm (drift {DRIFTS[0]:g}): seconds (products)")
-    print(f"{'width':>6s} {'spectrum':10s} {'svd s':>8s} {'cold':>16s} {'warm':>16s} {'svd / warm':>10s}")
-    for width in tqdm(widths, desc="widths", leave=False):
+def width_table(args: argparse.Namespace) -> list[dict]:
+    """One square weight, warm: the full SVD, the triplets, and the spectral criterion with and without its bound.
+
+    The last two sides are whole refreshes of ``SelectiveSpectralDecay(criterion="spectral")`` at its defaults, the one
+    made to find the triplets as if nothing could be certified. Both have to come to the same rank.
+    """
+    print(f"\none square weight, warm (drift {DRIFTS[0]:g}), k={K}; criterion 'spectral' with tau=0.95")
+    print(f"{'width':>6s} {'spectrum':10s} {'svd s':>8s} {'triplets s':>10s} {'products':>9s} {'svd/triplets':>12s} "
+          f"{'decided by triplets s':>21s} {'by the bound s':>14s} {'ratio':>7s}")  # fmt: skip
+    rows = []
+    for width in tqdm(args.widths, desc="widths", leave=False):
         svd = None
         for kind in ("planted", "flat"):
             weight = make_weight(kind, width, width, 0, args.device)
             if svd is None and (args.device != "cpu" or width <= 2048 or args.full):
                 svd, _ = timed(lambda w=weight: torch.linalg.svd(w, full_matrices=False), args.device)
-            cold_seconds, cold = median_refresh([[weight]], None, args.device, args.repeats)
-            weight = drifted(weight, DRIFTS[0], 1)
-            seconds, warm = median_refresh([[weight]], [cold], args.device, args.repeats)
-            cells = [
-                f"{s:.4f} ({r[0].products:d}{'!' * r[0].full_svd})" for s, r in ((cold_seconds, cold), (seconds, warm))
-            ]
+            # Only to start from; a full SVD of the widest would take longer than all the rest.
+            start = solve_top_triplets([weight], K, tol=REFRESH_TOL, max_products=10**6)
+            layer = torch.nn.Linear(width, width, bias=False)
+            layer.weight = torch.nn.Parameter(drifted(weight, DRIFTS[0], 1))
+            del weight
+            seconds, (solved,) = median_refresh([[layer.weight.data]], [start], args.device, args.repeats)
+            by_triplets, slow = decided(layer, start[0], False, args)
+            by_bound, fast = decided(layer, start[0], True, args)
+            assert slow["rank"] == fast["rank"] and not slow["certified"], "the bound must not change a decision"
             ratio = "skipped" if svd is None else f"{svd / seconds:.1f}"
-            tqdm.write(f"{width:6d} {kind:10s} {'skipped' if svd is None else f'{svd:.3f}':>8s} {cells[0]:>16s} "
-                  f"{cells[1]:>16s} {ratio:>10s}")  # fmt: skip
+            certified = "" if fast["certified"] else " (not certified)"
+            tqdm.write(f"{width:6d} {kind:10s} {'skipped' if svd is None else f'{svd:.3f}':>8s} {seconds:10.4f} "
+                       f"{solved.products:8d}{'!' if solved.full_svd else ' '} {ratio:>12s} {by_triplets:21.4f} "
+                       f"{by_bound:14.4f} {by_triplets / by_bound:7.1f}{certified}")  # fmt: skip
+            rows.append(
+                {
+                    "width": width,
+                    "spectrum": kind,
+                    "svd_seconds": svd,
+                    "triplets_seconds": seconds,
+                    "products": solved.products,
+                    "full_svd": solved.full_svd,
+                    "spectral_by_triplets_seconds": by_triplets,
+                    "spectral_by_bound_seconds": by_bound,
+                    "certified": fast["certified"],
+                    "rank": fast["rank"],
+                }
+            )
+    return rows
+
+
+def decided(layer: torch.nn.Linear, start: SolvedTriplets, bound: bool, args: argparse.Namespace) -> tuple[float, dict]:
+    """Median seconds of a refresh by the spectral criterion, and its report."""
+    decay = SelectiveSpectralDecay(layer, criterion="spectral", k_max=K)
+    state = decay.state_dict() | {f".{name}": part for name, part in start.triplets._asdict().items()}
+    zeros = torch.zeros(K, device=args.device)
+    decay.load_state_dict(state | {".pcdr": zeros, ".info": torch.zeros(3).double(), ".spent": zeros})
+    if not bound:
+        decay._certificate = lambda matrix, k: None
+    before = decay.state_dict()
+    times = []
+    for _ in range(args.repeats):
+        decay.load_state_dict(before)
+        times.append(timed(decay.refresh, args.device)[0])
+    return statistics.median(times), decay.report()[0]
 
 
 def count_table(args: argparse.Namespace) -> None:
@@ -119,19 +162,25 @@ def count_table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=best_device())
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--layers", type=int, default=12, help="transformer blocks")
     parser.add_argument("--quick", action="store_true", help="1 block, widths up to 1024, one run of each")
     parser.add_argument("--full", action="store_true", help="time every SVD instead of a sample")
+    parser.add_argument("--only", choices=("vit", "width", "count"), help="one of the three tables")
+    parser.add_argument("--widths", type=int, nargs="+", help="of the second table (default: 384 to 8192)")
+    parser.add_argument("--write", action="store_true", help="keep the second table in data/accelerator")
     args = parser.parse_args()
     args.layers, args.repeats = (1, 1) if args.quick else (args.layers, 3)
+    args.widths = args.widths or ((512, 1024) if args.quick else (384, 768, 1536, 2048, 4096, 8192))
     torch.set_num_threads(args.threads)
     warm_up = make_weight("flat", 768, 768, 0, args.device)
     refresh([[warm_up]], None)
     torch.linalg.svd(warm_up)
-    for table in (vit_table, width_table, count_table):
-        table(args)
+    tables = {"vit": vit_table, "width": width_table, "count": count_table}
+    found = {name: table(args) for name, table in tables.items() if args.only in (None, name)}
+    if args.write and "width" in found:
+        write_table("refresh", found["width"], args.device)
     sampled = "every SVD timed" if args.full else "SVD timed on one weight of each shape, and multiplied"
     print(f"\n{hardware(args.device)}; {sampled}; ! = answered by the full SVD")
 

@@ -1,6 +1,7 @@
 """What S2D adds to a training step: AdamW with and without it, both sides in this process.
 
-    python benchmarks/step_overhead.py                        # the laptop model on 1 CPU thread; target: at most 5 %
+    python benchmarks/step_overhead.py                        # the laptop model; target: at most 5 % on 1 CPU thread
+    python benchmarks/step_overhead.py --model vit_small_patch16_224 --batch 4 --interval 20 --blocks 3 --write
     python benchmarks/step_overhead.py --model vit_base_patch16_224 --device cuda --batch 64             # at most 2 %
     python benchmarks/step_overhead.py --model vit_base_patch16_224 --device cuda --batch 64 --precision float32
 
@@ -16,7 +17,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from common import hardware, tensor_bytes, timed
+from common import best_device, hardware, tensor_bytes, timed, write_table
 from torch import Tensor, nn
 from tqdm import trange
 
@@ -39,7 +40,7 @@ class Side:
 
     def train(self) -> None:
         images, labels = self.batch
-        for _ in range(REFRESH_EVERY):
+        for _ in range(self.args.interval):
             with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.precision == "bf16"):
                 loss = F.cross_entropy(self.model(images), labels)
             loss.backward()
@@ -54,14 +55,14 @@ class Side:
         seconds, _ = timed(self.train, self.args.device)
         if self.args.device != "cpu":
             self.peak = torch.cuda.max_memory_allocated() - held
-        return 1000 * seconds / REFRESH_EVERY
+        return 1000 * seconds / self.args.interval
 
 
 Setting = tuple[nn.Module, torch.optim.Optimizer, tuple[Tensor, Tensor], dict]
 
 
 def laptop(args: argparse.Namespace) -> Setting:
-    recipe = finetuning("S2D", seed=0, refresh_every=REFRESH_EVERY)
+    recipe = finetuning("S2D", seed=0, refresh_every=args.interval)
     model = recipe.model.build(0).to(args.device).train()
     images, labels = recipe.data.training_batch(recipe.batch_size, seed=0, step=0)
     return model, recipe.optimizer.build(model), (images.to(args.device), labels.to(args.device)), recipe.s2d
@@ -74,16 +75,18 @@ def from_timm(args: argparse.Namespace) -> Setting:
     model = timm.create_model(args.model).to(args.device).train()
     images = torch.randn(args.batch, *model.default_cfg["input_size"], device=args.device)
     labels = torch.randint(model.num_classes, (args.batch,), device=args.device)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-4), (images, labels), {"refresh_every": REFRESH_EVERY}
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4), (images, labels), {"refresh_every": args.interval}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="laptop", help="laptop, or a name of timm's")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=best_device())
     parser.add_argument("--batch", type=int, default=64, help="images a step of a timm model")
     parser.add_argument("--precision", choices=("bf16", "float32"), help="float32 on cpu and bf16 autocast on cuda")
     parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--interval", type=int, default=REFRESH_EVERY, help="steps of a block, and between refreshes")
+    parser.add_argument("--write", action="store_true", help="keep the table in data/accelerator")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args()
     args.precision = args.precision or ("float32" if args.device == "cpu" else "bf16")
@@ -97,13 +100,32 @@ def main() -> None:
             times[name].append(sides[name].block())
     for name, values in times.items():
         print(f"{name:12s} {statistics.median(values):8.2f} ms a step (median of {args.blocks} blocks of "
-              f"{REFRESH_EVERY}, {min(values):.2f} to {max(values):.2f})")  # fmt: skip
+              f"{args.interval}, {min(values):.2f} to {max(values):.2f})")  # fmt: skip
     # Neighbouring blocks share the machine's mood, so each pair is compared by itself.
     added = [100 * (with_ / without - 1) for without, with_ in zip(*times.values(), strict=True)]
     low, middle, high = statistics.quantiles(added, n=4)
     print(f"added time   {middle:8.2f} % (quartiles of the pairs {low:.2f} to {high:.2f})")
     print_memory(*sides.values())
-    print(f"{hardware(args.device)}; {args.model}, {args.precision}, {REFRESH_EVERY=}")
+    print(f"{hardware(args.device)}; {args.model}, {args.precision}, a refresh each {args.interval} steps")
+    if args.write:
+        write_table(
+            f"step_overhead_{args.model}_{args.batch}_{args.precision}", table(sides, times, added, args), args.device
+        )
+
+
+def table(
+    sides: dict[str, Side], times: dict[str, list[float]], added: list[float], args: argparse.Namespace
+) -> list[dict]:
+    """A row a side."""
+    rows = []
+    decay = sides["AdamW + S2D"].decay
+    for name, values in times.items():
+        row = {"model": args.model, "batch": args.batch, "precision": args.precision, "refresh_every": args.interval}
+        row |= {"side": name, "ms_a_step": statistics.median(values), "low": min(values), "high": max(values)}
+        row |= {"blocks": args.blocks, "added_percent": statistics.median(added) if "S2D" in name else 0.0}
+        row |= {"refresh_seconds": decay.refresh_seconds if "S2D" in name else 0.0, "peak_bytes": sides[name].peak}
+        rows.append(row)
+    return rows
 
 
 def print_memory(without: Side, with_: Side) -> None:

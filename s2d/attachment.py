@@ -33,7 +33,7 @@ LOST = 0.5  # entries that did not move at first move this much more rarely late
 SAMPLE = 2**14  # entries of a weight that are looked at, about
 
 # Who is attached to an optimizer, so that a second one of a kind over the same weights is noticed.
-_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
 class Standing:
@@ -54,7 +54,7 @@ class Standing:
 
     def __init__(self, linear: LinearMap) -> None:
         self.linear = linear
-        self.weight: Tensor | None = None
+        self.weight: Tensor = linear.weight
         self.optimizer: torch.optim.Optimizer | None = None
         self.gradients = self.acted = self.missing = 0
         self.current = self.noted = False
@@ -76,7 +76,8 @@ class _Probe:
 
     def __init__(self, standing: Standing) -> None:
         self.standing = standing
-        self.mark = self.gradient = None
+        self.mark: tuple[int, int] | None = None
+        self.gradient: tuple[int, int] | None = None
         self.changes = self.fresh = 0
 
 
@@ -266,7 +267,9 @@ class Attachment:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._is_nested(optimizer):  # a step that calls its base class's step runs the hooks again
             return None
         self._stepping[id(optimizer)] = sys._getframe(1)
@@ -290,7 +293,7 @@ class Attachment:
 
         return args[:1], {**kwargs, "closure": closure_with_us}
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._stepping.get(id(optimizer)) is not sys._getframe(1) and self._is_nested(optimizer):
             return  # the end of a step inside the step
         self._stepping.pop(id(optimizer), None)
@@ -303,7 +306,8 @@ class Attachment:
 
     def _is_nested(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step of this optimizer is under way that we know of; one that raised is no longer on the stack."""
-        outer, frame = self._stepping.get(id(optimizer)), sys._getframe()
+        outer = self._stepping.get(id(optimizer))
+        frame: FrameType | None = sys._getframe()
         while outer is not None and frame is not None:
             if frame is outer:
                 return True
@@ -390,7 +394,8 @@ class Attachment:
             probe.fresh += before is not None and (begun[0] != before[0] or begun[1] != before[1] + 1)
             probe.gradient = begun
         optimizer = probe.standing.optimizer
-        if probe.changes >= CHANGES or (id(optimizer) not in self._answered and probe.fresh >= FRESH):
+        unanswered = probe.changes >= CHANGES or (id(optimizer) not in self._answered and probe.fresh >= FRESH)
+        if unanswered and optimizer is not None:
             self._unanswered(optimizer)
 
     def _unanswered(self, optimizer: torch.optim.Optimizer) -> None:
@@ -454,8 +459,9 @@ class Attachment:
                 "torch.nn.utils.prune.remove or parametrize.remove_parametrizations",
             )
         place = self._places.get(id(linear.module))
-        direct = place is None or place.parent._modules.get(place.key) is linear.module
-        if not direct and place.occupant() is not linear.module:
+        if place is None or place.parent._modules.get(place.key) is linear.module:
+            return None
+        if place.occupant() is not linear.module:
             now = type(place.occupant()).__name__
             return (
                 f"was wrapped in or replaced by a {now}",
@@ -497,7 +503,8 @@ class Attachment:
         if acts > EARLY or name in self._masters or self.group_of(standing).get("lr") == 0:
             return
         # A step with a closure may move the weight between its gradients, and not after the last one.
-        if name not in self._rounded and _sample(standing.weight.grad).any():
+        grad = standing.weight.grad
+        if name not in self._rounded and grad is not None and _sample(grad).any():
             self._rounded[name] = _sample(standing.weight).clone()
 
     def expect_change(self, name: str, before: float, now: float, read: Callable[[], float]) -> None:
@@ -516,7 +523,7 @@ class Attachment:
         """After a step: is the change still there, and did the update reach the weight?"""
         found = self._overwritten() + self._lost_in_rounding()
         for name in found:
-            self.standings[name].problem(*self.standings[name].lasting)
+            self.standings[name].problem(*(self.standings[name].lasting or ("", "")))
         self._warn_of_problems(found)
 
     def _overwritten(self) -> list[str]:
@@ -669,13 +676,14 @@ class _Arrival:
         if attachment is not None:
             attachment.arrive(self.key)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Arrival, (None, 0)
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer will skip this step: GradScaler tells those of infinity that unscale by themselves."""
-    return getattr(optimizer, "found_inf", None) is not None and bool(float(optimizer.found_inf))
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(float(found))
 
 
 def _is_leaf(weight: Tensor) -> bool:

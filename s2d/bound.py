@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -203,7 +203,9 @@ def _lanczos(gram: Tensor, rtol: float) -> Iterator[Tensor]:
     """First Ritz vectors: no reorthogonalisation, because a loss of orthogonality only repeats converged ones."""
     q = _random_vector(gram)
     q /= torch.linalg.vector_norm(q)
-    basis, diagonal, off_diagonal = [q], [], []
+    basis = [q]
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
     last = min(len(gram), LANCZOS_STEPS)
     next_look = 12
     for step in range(1, last + 1):
@@ -341,7 +343,7 @@ def check_bound(model: nn.Module, batch: Any, *, layers: Mapping[str, LinearMap]
     rows: dict[str, BoundCheck] = {}
 
     def watch(name: str, linear: LinearMap) -> torch.utils.hooks.RemovableHandle:
-        def check(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def check(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             try:
                 rows[name] = _check_call(name, linear, linear.input(args, kwargs), output, rows.get(name))
             except ValueError as error:
@@ -366,7 +368,8 @@ def check_bound(model: nn.Module, batch: Any, *, layers: Mapping[str, LinearMap]
 
 
 def _call(model: nn.Module, batch: Any) -> None:
-    args, kwargs = (batch, {}) if isinstance(batch, tuple) else ((batch,), {})
+    args: tuple[Any, ...] = batch if isinstance(batch, tuple) else (batch,)
+    kwargs: Mapping[str, Any] = {}
     if isinstance(batch, Mapping):
         args, kwargs = (), batch
     try:
@@ -438,7 +441,7 @@ def _kind(linear: LinearMap) -> str:
 
 def _norms_of_call(linear: LinearMap, x: Tensor, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``||x||``, ``||y - b||`` and how far rounding can lift the latter, in float64, one entry a token."""
-    kind, bias = _kind(linear), None
+    kind, bias, module = _kind(linear), None, cast(Any, linear.module)
     y = F.linear(x, _matrix(linear)) if kind == "projection" else output
     if not isinstance(y, Tensor):
         raise ValueError(f"its output is a {type(y).__name__}, and a tensor is needed")
@@ -446,11 +449,11 @@ def _norms_of_call(linear: LinearMap, x: Tensor, output: Any) -> tuple[Tensor, T
     if kind == "patch":
         x_norm, near, far = _patch_norms(linear, x)
         channels = slice(*linear.rows) if linear.rows else slice(None)
-        vectors = y.movedim(-1 - len(linear.module.kernel_size), -1)[..., channels]
-        bias = linear.module.bias[channels] if linear.module.bias is not None else None
+        vectors = y.movedim(-1 - len(module.kernel_size), -1)[..., channels]
+        bias = module.bias[channels] if module.bias is not None else None
     else:
         x_norm = near = far = _norms(in_float64(x.reshape(-1, x.shape[-1])))
-        bias = linear.module.bias if kind == "linear" else None
+        bias = module.bias if kind == "linear" else None
     vectors = in_float64(vectors.reshape(-1, vectors.shape[-1]))
     if vectors.shape != (len(x_norm), linear.shape[0]):
         raise ValueError(
@@ -478,7 +481,7 @@ def _checked_exponent(tensor: Tensor) -> int:
 
 def _patch_norms(linear: LinearMap, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The norm of every patch, of the largest patch of its sample, and of the whole sample."""
-    conv = linear.module
+    conv = cast(nn.Conv2d, linear.module)  # or of one or three dimensions
     channels = conv.in_channels // conv.groups
     group = linear.rows[0] // linear.shape[0] if linear.rows else 0
     x = in_float64(x if x.ndim == len(conv.kernel_size) + 2 else x[None]).narrow(1, group * channels, channels)
@@ -494,7 +497,8 @@ def _patch_norms(linear: LinearMap, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         energy = energy.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation].sum(-1)
     patch = energy.flatten(1)
     norms = (patch, patch.amax(1, keepdim=True).expand_as(patch), sample.expand_as(patch))
-    return tuple(times_power_of_two(square.sqrt(), exponent).flatten().cpu() for square in norms)
+    one, largest, all_of_it = (times_power_of_two(square.sqrt(), exponent).flatten().cpu() for square in norms)
+    return one, largest, all_of_it
 
 
 def _allowance(
@@ -531,7 +535,7 @@ def _allowance(
 
 def _float32_factors(device: str, convolution: bool) -> float:
     """The unit roundoff of float32 factors in a product: that of TF32 or bfloat16 where a setting allows it."""
-    backends = torch.backends
+    backends: Any = torch.backends  # whose switches came with torch 2.9
     try:
         if device == "cpu":
             settings = [backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision]

@@ -183,7 +183,7 @@ class _Seen:
         self.rows = OutlierRows(outliers)  # of inputs, each with its position behind it
         self.in_sequence = False
 
-    def see(self, args: tuple, kwargs: dict[str, Any], output: Any, mask: Tensor | None) -> None:
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, mask: Tensor | None) -> None:
         x = self.linear.input(args, kwargs)
         y = self._without_bias(x, output)
         self.in_sequence = x.ndim >= 3
@@ -227,7 +227,9 @@ class _Seen:
     def diagnosis(self, k_max: int, tau: float) -> LayerDiagnosis:
         matrix, summary = self.linear.matrix(), self.statistics.summary()
         matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
-        x, place, neuron = self.rows.x[:, :-1], self.rows.x[:, -1].long(), self.rows.neuron
+        kept, neuron = self.rows.x, self.rows.neuron
+        assert kept is not None and neuron is not None  # of a layer that saw tokens
+        x, place = kept[:, :-1], kept[:, -1].long()
         k_max = min(k_max, *matrix.shape)
         triplets = top_singular_triplets(matrix, k_max)
         pcdr = layer_pcdr(activation_pcdr(matrix, x, neuron, k_max=k_max, triplets=triplets))
@@ -241,7 +243,7 @@ class _Seen:
         )
         return LayerDiagnosis(
             layer=self.name,
-            shape=tuple(matrix.shape),
+            shape=self.linear.shape,
             tokens=self.tokens,
             max_abs=summary.max_abs,
             ratio=summary.max_abs / rms if rms > 0 else 1.0,

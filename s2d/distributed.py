@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,10 @@ from torch import Tensor
 
 from s2d.layers import LinearMap
 from s2d.outliers import OutlierRows
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 def resolve_group(process_group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
@@ -39,7 +43,8 @@ def resolve_group(process_group: dist.ProcessGroup | str | None) -> dist.Process
         process_group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if process_group is None:
         return None
-    outside = process_group == dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else False
+    no_member: Any = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
+    outside = dist.is_available() and process_group == no_member
     if not dist.is_available() or not (outside or isinstance(process_group, dist.ProcessGroup)):
         raise ValueError(f"process_group is {process_group!r}: give a group, 'world' or None")
     if dist.get_rank(process_group) < 0:
@@ -144,9 +149,9 @@ def merge_outliers(rows: Sequence[tuple[OutlierRows, int]], device: torch.device
     # A magnitude of -1 says that there is no row. Neurons are exact in float32 up to 16 million.
     mine = torch.full((2, len(rows), capacity), -1.0, dtype=torch.float32, device=device)
     for index, (outliers, _) in enumerate(rows):
-        if len(outliers):
-            mine[0, index, : len(outliers)] = outliers.magnitude.to(mine)
-            mine[1, index, : len(outliers)] = outliers.neuron.to(mine)
+        for part, values in zip(mine[:, index], (outliers.magnitude, outliers.neuron), strict=True):
+            if values is not None:
+                part[: len(values)] = values.to(mine)
     gathered = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(gathered, mine, group=group)
     everyone = torch.stack(gathered, dim=2)  # (2, layers, ranks, capacity)
@@ -159,7 +164,7 @@ def merge_outliers(rows: Sequence[tuple[OutlierRows, int]], device: torch.device
     first = 0
     for index, (outliers, n) in enumerate(rows):
         slots = ((source[index] // capacity == rank) & (magnitude[index] >= 0)).nonzero().squeeze(1)
-        if len(slots):
+        if len(slots) and outliers.x is not None:
             own = source[index, slots] % capacity
             x[slots, first : first + n] = outliers.x[own.to(outliers.x.device)].to(x)
         first += n
@@ -195,7 +200,7 @@ def sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
     """Whether a tensor is a shard of a larger one."""
     if not dist.is_available():
         return False
@@ -221,9 +226,11 @@ def gradient(weight: Tensor) -> Tensor:
     The gradient of a replicated ``DTensor`` that met sharded activations is a sum that nobody has added up yet. What
     every rank added to its part of that would count once for each rank.
     """
-    if is_dtensor(weight.grad) and weight.grad.placements != weight.placements:
-        weight.grad = weight.grad.redistribute(placements=weight.placements)
-    return weight.grad
+    grad = weight.grad
+    assert grad is not None  # the callers look
+    if is_dtensor(grad) and is_dtensor(weight) and grad.placements != weight.placements:
+        grad = weight.grad = grad.redistribute(placements=weight.placements)
+    return grad
 
 
 class Block(NamedTuple):
@@ -274,7 +281,8 @@ def local_block(linear: LinearMap) -> Block:
         ValueError: for a parameter sharded in a way that is no block of the matrix.
     """
     weight = linear.weight
-    sizes, offsets = tuple(weight.shape), (0,) * weight.ndim
+    sizes: Sequence[int] = tuple(weight.shape)
+    offsets: Sequence[int] = (0,) * weight.ndim
     if is_dtensor(weight):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -298,6 +306,7 @@ def local_block(linear: LinearMap) -> Block:
 
 def _block_of_stack(linear: LinearMap, sizes: Sequence[int], offsets: Sequence[int]) -> Block:
     """Where this rank's part of a stack of matrices lies in one of them."""
+    assert linear.index is not None
     here = offsets[0] <= linear.index < offsets[0] + sizes[0]
     position = linear.index - offsets[0] if here else 0
     part = slice(position, position + 1 if here else position)
@@ -317,7 +326,7 @@ def sum_over_shards(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         The sums, in order; a tensor whose weight is no ``DTensor`` comes back as it is.
     """
     sums: list[Tensor] = [part for _, part in parts]
-    meshes: dict[tuple, list[int]] = {}
+    meshes: dict[tuple[Any, ...], list[int]] = {}
     for index, (weight, _) in enumerate(parts):
         if is_dtensor(weight):
             # Not is_shard(): it is False for the strided shards that FSDP2 makes of tensor-parallel ones.
@@ -352,5 +361,6 @@ def whole_activations(name: str, linear: LinearMap, x: Tensor) -> tuple[Tensor, 
             "criterion='spectral', which needs no input"
         )
     y = x @ linear.matrix().T
-    x, y = x.full_tensor(), y.full_tensor()
-    return (x, y) if all(place == 0 for place in weight.device_mesh.get_coordinate()) else None
+    assert is_dtensor(weight) and is_dtensor(y)  # as one factor is
+    both = x.full_tensor(), y.full_tensor()  # collective, so on every rank
+    return both if all(place == 0 for place in weight.device_mesh.get_coordinate() or ()) else None

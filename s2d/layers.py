@@ -21,6 +21,7 @@ INNER_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 # How low-rank adapters without PEFT (loralib, torchtune, diffusers) call their factors.
 LORA_FACTORS = {"lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up"}
 # Modules whose two-dimensional parameters are tables to look up, or are computed from others.
+LAZY: type = nn.parameter.UninitializedTensorMixin  # type: ignore[attr-defined]  # torch's stubs leave it out
 TABLES = (nn.Embedding, nn.EmbeddingBag, nn.utils.parametrize.ParametrizationList)
 
 
@@ -122,7 +123,7 @@ class LinearMap:
                 ) from error
         return part.T if self.transposed else part
 
-    def input(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input x among the arguments of a call of ``module``.
 
         Raises:
@@ -210,7 +211,7 @@ def linear_maps(
     adapters = _adapter_names(model)
     for linear in chosen.values():
         _refuse(linear, adapters)
-    first = {}
+    first: dict[tuple[Any, ...], LinearMap] = {}
     for linear in chosen.values():
         first.setdefault(_identity(linear), linear)
     return {linear.name: linear for linear in first.values()}
@@ -255,7 +256,7 @@ def bare_matrices(model: nn.Module) -> dict[str, LinearMap]:
         if known or is_conv1d_of_gpt2(module) or _inside(name, adapters):
             continue
         for parameter, tensor in module._parameters.items():
-            lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+            lazy = isinstance(tensor, LAZY)
             if tensor is not None and not lazy and tensor.ndim == 2 and min(tensor.shape) > 1:
                 label = _join(name, parameter)
                 found[label] = LinearMap(label, module, parameter, argument=None)
@@ -357,7 +358,7 @@ def is_conv1d_of_gpt2(module: nn.Module) -> bool:
     return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
 
 
-def _identity(linear: LinearMap) -> tuple:
+def _identity(linear: LinearMap) -> tuple[Any, ...]:
     """What tells maps of one weight from others; a parametrized weight is another tensor each time one looks."""
     owned = linear.module._parameters.get(linear.parameter)
     if owned is None:
@@ -392,7 +393,7 @@ def _expert_maps(name: str, module: nn.Module) -> Iterator[LinearMap]:
     """One map for each matrix of a stack of experts, ``(experts, out, in)`` or, if it says so, transposed."""
     experts = getattr(module, "num_experts", None)
     for parameter, tensor in module._parameters.items():
-        if tensor is None or isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.ndim != 3:
+        if tensor is None or isinstance(tensor, LAZY) or tensor.ndim != 3:
             continue
         if len(tensor) == experts or "expert" in type(module).__name__.lower():
             transposed = bool(getattr(module, "is_transposed", False))
@@ -404,7 +405,7 @@ def _expert_maps(name: str, module: nn.Module) -> Iterator[LinearMap]:
 def _attention_maps(name: str, module: nn.MultiheadAttention) -> Iterator[LinearMap]:
     width = module.embed_dim
     for position, (part, keyword) in enumerate(zip("qkv", ("query", "key", "value"), strict=True)):
-        where = {"argument": position, "keyword": keyword}
+        where: dict[str, Any] = {"argument": position, "keyword": keyword}
         if module._qkv_same_embed_dim:  # asking for in_proj_weight would compute it, if it is parametrized
             rows = (position * width, (position + 1) * width)
             yield LinearMap(_join(name, part), module, "in_proj_weight", rows, **where)
@@ -434,7 +435,10 @@ def plain_name(name: str) -> str:
 def _unwrap(model: nn.Module) -> nn.Module:
     """The model inside its wrappers; a ``module`` beside other children is the model's own."""
     while len(model._modules) == 1 and not model._modules.keys().isdisjoint(OUTER_WRAPPERS):
-        (model,) = model._modules.values()
+        (inside,) = model._modules.values()
+        if inside is None:
+            break
+        model = inside
     return model
 
 
@@ -459,7 +463,7 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 def _kind(entry: nn.Module) -> str:
     """The class of a block inside its wrappers; FSDP2 gives each module that it shards a class of its own."""
-    while inside := [entry._modules[wrapper] for wrapper in INNER_WRAPPERS if wrapper in entry._modules]:
+    while inside := [m for wrapper in INNER_WRAPPERS if (m := entry._modules.get(wrapper)) is not None]:
         entry = inside[0]
     return type(entry).__name__.removeprefix("FSDP")
 
@@ -524,7 +528,7 @@ def _refuse(linear: LinearMap, adapters: tuple[str, ...]) -> None:
             f"{leave_out}"
         )
     weight = linear.weight
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(weight, LAZY):
         raise ValueError(f"{layer} has no shape yet: pass one batch through the model first, or {leave_out}")
     if weight.layout is not torch.strided:
         raise ValueError(f"{layer} has a sparse weight ({weight.layout}): make it dense first, or {leave_out}")

@@ -28,7 +28,7 @@ class ActivationSummary(NamedTuple):
         max_abs: largest magnitude, in the units of the activation.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own count() is of no use here
     mean: float
     std: float
     excess_kurtosis: float
@@ -229,17 +229,20 @@ class OutlierRows:
     @property
     def magnitude(self) -> Tensor | None:
         """``(r,)`` the ``|y_ij|``, largest first, ``r <= capacity``; None when nothing was seen."""
-        return self._magnitude[: len(self)] if len(self) else None
+        return self._kept(self._magnitude)
 
     @property
     def neuron(self) -> Tensor | None:
         """``(r,)`` the output index i of each."""
-        return self._neuron[: len(self)] if len(self) else None
+        return self._kept(self._neuron)
 
     @property
     def x(self) -> Tensor | None:
         """``(r, in_features)`` the input x_j of each."""
-        return self._x[: len(self)] if len(self) else None
+        return self._kept(self._x)
+
+    def _kept(self, buffer: Tensor | None) -> Tensor | None:
+        return buffer[: len(self)] if buffer is not None and len(self) else None
 
     def allocate(self, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make the buffers, empty; the first update does it otherwise.
@@ -293,7 +296,7 @@ class OutlierRows:
         Raises:
             ValueError: before :meth:`allocate` or :meth:`update`, and for shapes that do not fit.
         """
-        if self._x is None:
+        if self._x is None or self._magnitude is None or self._neuron is None:
             raise ValueError("there are no buffers yet: call allocate() or update() first")
         tensors = all(isinstance(part, Tensor) for part in (magnitude, neuron, x))
         if (

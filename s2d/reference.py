@@ -98,5 +98,6 @@ class LiteralAlgorithm1:
                     penalty_matrix_literal(weight, k_hat, self.power) if k_hat is not None else torch.zeros_like(weight)
                 )
         for weight, g_reg in zip(self.weights, self.g_reg, strict=True):  # lines 19 and 20
+            assert weight.grad is not None  # of backward()
             weight.grad += self.lam * g_reg
         self.t += 1  # line 22

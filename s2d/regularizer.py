@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,9 @@ from s2d import distributed
 from s2d.attachment import Attached, Attachment, along
 from s2d.checks import check_count, check_number, check_steps, check_tensor
 from s2d.layers import CONVOLUTIONS, LinearMap, Selector, linear_maps, modules_sharing
-from s2d.pcdr import activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
+from s2d.pcdr import TOLERANCE, activation_pcdr, layer_pcdr, outlier_rank, spectral_pcdr
 from s2d.rounding import is_low_precision, round_stochastically, seeded
-from s2d.spectral import SingularTriplets, SolvedTriplets, check_triplets, solve_top_triplets
+from s2d.spectral import FULL_SVD_BELOW, SingularTriplets, check_triplets, solve_top_triplets, top_mass_bound
 from s2d.stepping import check_rate
 from s2d.watch import OutlierWatch
 
@@ -35,6 +35,10 @@ COEFFICIENTS = ("cached", "live")
 COUPLINGS = ("gradient", "decoupled")
 FIELDS = ("u", "s", "v", "pcdr", "info")  # what a layer keeps between refreshes, beside its rank
 REFRESH_TOL = 5e-5  # residual of the triplets relative to s_1; the penalty is then right to about 1e-4
+ITERATED, FULL_SVD, CERTIFIED = 0.0, 1.0, 2.0  # how a layer was decided, as its info has it
+# Rows of a block from which a bound certifies that a layer is left alone: at least, and at most.
+CERTIFYING_ROWS = (16, 128)
+CERTAIN = 1e-4  # for each component; more than the rounding of the singular values makes of a PCDR
 
 
 def spectral_penalty(s: Tensor, *, lam: float, power: float = 2) -> Tensor:
@@ -159,6 +163,16 @@ def penalty_cosine(a: SingularTriplets, b: SingularTriplets, *, power: float = 2
     return max(-1.0, min(1.0, float((c_a / norm_a) @ overlap @ (c_b / norm_b))))
 
 
+class _Found(NamedTuple):
+    """What a refresh found out about one layer."""
+
+    triplets: SingularTriplets
+    pcdr: Tensor
+    error: float
+    how: float  # ITERATED, FULL_SVD or CERTIFIED
+    seconds: float
+
+
 class _WatchedLayer:
     """One layer: what the last refresh left behind."""
 
@@ -169,11 +183,12 @@ class _WatchedLayer:
         self.rank = 0  # how many components are penalised
         self.spent: Tensor | None = None  # how much decoupled decay has taken off each component since
         self.owed: Tensor | None = None  # what rounding kept back of the decay of a half-precision weight, likewise
-        self.info: Tensor | None = None  # error, whether the full SVD answered, seconds
+        self.info: Tensor | None = None  # error, how it was decided, seconds
         self._factors: tuple[distributed.Block, Tensor, Tensor] | None = None
 
     def selected(self) -> SingularTriplets:
         """The penalised triplets."""
+        assert self.triplets is not None  # there was a refresh
         return SingularTriplets(*(part[..., : self.rank] for part in self.triplets))
 
     def local_factors(self) -> tuple[distributed.Block, Tensor, Tensor]:
@@ -185,8 +200,8 @@ class _WatchedLayer:
 
     def set(self, triplets: SingularTriplets, pcdr: Tensor, info: Tensor, rank: int) -> None:
         """What a refresh found."""
-        if self.owed is not None:  # along the new components
-            old = self.triplets
+        old = self.triplets
+        if self.owed is not None and old is not None:  # along the new components
             self.owed = ((triplets.u.T @ old.u) * (triplets.v.T @ old.v)) @ self.owed
         self.triplets, self.pcdr, self.info, self.rank = triplets, pcdr, info, rank
         self.spent, self._factors = torch.zeros_like(pcdr), None
@@ -223,6 +238,11 @@ class SelectiveSpectralDecay(Attached):
     every weight is the tensor that the optimizer steps, whether the step that it is attached to runs as gradients
     arrive, whether modules were exchanged, and whether its changes survive. What fails is said once, in a warning with
     layer, cause and repair; :meth:`health` has the same as a table, and :meth:`summary` counts the layers that act.
+
+    **What a refresh need not find.** With ``criterion="spectral"`` one pass over a large weight proves of most that no
+    PCDR can reach tau (:func:`s2d.spectral.top_mass_bound`); these are left alone without a singular vector, with the
+    decision that their triplets would have given. The activation criterion has no such bound: a ratio at single
+    activations says nothing before the vectors are known.
 
     **Refresh by need.** A layer without a gradient (or, for the activation criterion, a forward pass) at a refresh,
     such as an expert that no token chose, is refreshed in the next step in which it has one.
@@ -501,6 +521,7 @@ class SelectiveSpectralDecay(Attached):
         """Decoupled decay of one weight."""
         rate = check_rate(self._attachment.group_of(self._attachment.standings[name]))
         # More than the whole component would turn its sign and start it growing again.
+        assert watched.spent is not None  # as it was selected
         left = s if self.coefficients == "live" else s - watched.spent[: watched.rank]
         coefficients = (rate * self.lam * s**self.power).minimum(left)
         watched.spent[: watched.rank] += coefficients
@@ -547,6 +568,7 @@ class SelectiveSpectralDecay(Attached):
         parts = [(self._watched[name].linear.weight, done) for name, (_, done) in applied.items()]
         for (name, (asked, _)), done in zip(applied.items(), distributed.sum_over_shards(parts), strict=True):
             watched = self._watched[name]
+            assert watched.spent is not None
             watched.owed = torch.zeros_like(watched.spent)
             watched.owed[: watched.rank] = asked - done
 
@@ -604,7 +626,9 @@ class SelectiveSpectralDecay(Attached):
             self._watch.clear()
         self.refresh_seconds = time.perf_counter() - began
 
-    def _without_idle(self, chosen: dict[str, _WatchedLayer], group: dist.ProcessGroup | None) -> dict:
+    def _without_idle(
+        self, chosen: dict[str, _WatchedLayer], group: dist.ProcessGroup | None
+    ) -> dict[str, _WatchedLayer]:
         """All but the layers that no forward pass came to and whose gradient is zero: they wait for their next use.
 
         Experts that no token chose are such, and whole models in the step that distributed checkpointing takes to make
@@ -612,9 +636,9 @@ class SelectiveSpectralDecay(Attached):
         """
         unseen = [name for name in chosen if not len(self._watch.rows[name])]
         grads = [self._watched[name].linear.weight.grad for name in unseen]
-        used = [grad is not None and bool(distributed.local(grad).any()) for grad in grads]
-        used = [self._watch.was_called(name) or on for name, on in zip(unseen, used, strict=True)]
-        used = dict(zip(unseen, distributed.any_rank(used, self._device(), group), strict=True))
+        moved = [grad is not None and bool(distributed.local(grad).any()) for grad in grads]
+        here = [self._watch.was_called(name) or on for name, on in zip(unseen, moved, strict=True)]
+        used = dict(zip(unseen, distributed.any_rank(here, self._device(), group), strict=True))
         for name, on in used.items():
             self._watched[name].rank *= on
         return {name: watched for name, watched in chosen.items() if used.get(name, True)}
@@ -647,12 +671,12 @@ class SelectiveSpectralDecay(Attached):
 
     def _solve(
         self, chosen: dict[str, _WatchedLayer], group: dist.ProcessGroup | None
-    ) -> tuple[dict[str, tuple[SolvedTriplets, Tensor, float]], Exception | None]:
+    ) -> tuple[dict[str, _Found], Exception | None]:
         """Triplets, PCDR and seconds of the layers that fall to this rank, and what went wrong with them."""
         ranks = 1 if group is None else dist.get_world_size(group)
         rank = 0 if group is None else dist.get_rank(group)
         owners = distributed.share_out([math.prod(watched.linear.shape) for watched in chosen.values()], ranks)
-        found: dict[str, tuple[SolvedTriplets, Tensor, float]] = {}
+        found: dict[str, _Found] = {}
         error: Exception | None = None
         for members in self._rounds(list(chosen), owners, ranks):
             own: dict[str, Tensor] = {}
@@ -677,62 +701,96 @@ class SelectiveSpectralDecay(Attached):
         for turn in range(max(map(len, queues), default=0)):
             yield [queue[turn] for queue in queues if turn < len(queue)]
 
-    def _solve_own(self, own: dict[str, Tensor]) -> dict[str, tuple[SolvedTriplets, Tensor, float]]:
-        kinds: dict[tuple, list[str]] = {}
+    def _solve_own(self, own: dict[str, Tensor]) -> dict[str, _Found]:
+        kinds: dict[tuple[Any, ...], list[str]] = {}
         for name, matrix in own.items():
             kinds.setdefault((tuple(matrix.shape), matrix.dtype, matrix.device), []).append(name)
-        found = {}
+        found: dict[str, _Found] = {}
         for (shape, _, _), names in kinds.items():
             began = time.perf_counter()
             k = min(shape) if self.k_max is None else self.k_max
-            warm = [self._watched[name].triplets for name in names]
             try:
-                solved = solve_top_triplets([own[n] for n in names], k, warm_starts=warm, tol=REFRESH_TOL)
-                pcdr = [self._pcdr(n, own[n], s.triplets, k) for n, s in zip(names, solved, strict=True)]
+                bounds = {name: self._certificate(own[name], k) for name in names}
+                rest = [name for name in names if bounds[name] is None]
+                warm = [self._last_triplets(name) for name in rest]
+                solved = solve_top_triplets([own[n] for n in rest], k, warm_starts=warm, tol=REFRESH_TOL)
+                pcdr = [self._pcdr(n, own[n], s.triplets, k) for n, s in zip(rest, solved, strict=True)]
             except ValueError as error:
                 raise ValueError(f"among the layers {', '.join(names)}: {error}") from error
             seconds = (time.perf_counter() - began) / len(names)
-            found |= {name: (s, p, seconds) for name, s, p in zip(names, solved, pcdr, strict=True)}
+            for name, bound in bounds.items():
+                if bound is not None:
+                    # The next refresh starts from the last triplets that were found, if there are any.
+                    triplets = self._last_triplets(name) or SingularTriplets(*self._empty_result(name)[:3])
+                    found[name] = _Found(triplets, bound.to(triplets.s), 0.0, CERTIFIED, seconds)
+            for name, solution, values in zip(rest, solved, pcdr, strict=True):
+                how = FULL_SVD if solution.full_svd else ITERATED
+                found[name] = _Found(solution.triplets, values, solution.error, how, seconds)
         return found
+
+    def _certificate(self, matrix: Tensor, k: int) -> Tensor | None:
+        """Upper bounds of the spectral PCDR_1 to PCDR_k, if they prove that no k reaches tau; else None.
+
+        What the triplets would show could be above the truth by the rounding of the singular values; where it might
+        matter they are found as ever, so every decision is the one that they give. Nor is it tried where a full SVD
+        takes milliseconds.
+        """
+        least, most = CERTIFYING_ROWS
+        if self.criterion != "spectral" or min(matrix.shape) < FULL_SVD_BELOW:
+            return None
+        # A flat spectrum has a bound of about k / rows, which has to be well below tau.
+        rows = max(least, 2 ** math.ceil(math.log2(2 * k / self.tau)))
+        if rows > most:
+            return None
+        bound = top_mass_bound(matrix, k, rows=rows)
+        return bound if float(bound[-1]) + k * CERTAIN < self.tau * (1 - TOLERANCE) else None
+
+    def _last_triplets(self, name: str) -> SingularTriplets | None:
+        """Those that a refresh found last; none before that, or if all were certified."""
+        triplets = self._watched[name].triplets
+        info = self._watched[name].info
+        certified = info is not None and float(info[1]) == CERTIFIED
+        return None if triplets is None or (certified and not triplets.s.any()) else triplets
 
     def _pcdr(self, name: str, matrix: Tensor, triplets: SingularTriplets, k: int) -> Tensor:
         if self.criterion == "all":
             return triplets.s.new_ones(k)
         if self.criterion == "spectral":
             return spectral_pcdr(matrix, k_max=k, triplets=triplets)
-        rows = self._watch.rows[name]
-        if not len(rows):  # a layer that took no part in this step's forward passes shows no outlier
+        x, neuron = self._watch.rows[name].x, self._watch.rows[name].neuron
+        if x is None or neuron is None:  # a layer that took no part in this step's forward passes shows no outlier
             return triplets.s.new_zeros(k)
-        return layer_pcdr(activation_pcdr(matrix, rows.x, rows.neuron, k_max=k, triplets=triplets))
+        return layer_pcdr(activation_pcdr(matrix, x, neuron, k_max=k, triplets=triplets))
 
     def _share(
         self,
         chosen: dict[str, _WatchedLayer],
-        found: dict[str, tuple[SolvedTriplets, Tensor, float]],
+        found: dict[str, _Found],
         group: dist.ProcessGroup | None,
     ) -> None:
         """Give every rank what each found. Zeros elsewhere and a sum: x + 0 is exact, so all ranks hold equal bits."""
         results = {}
-        for name, watched in chosen.items():
+        for name in chosen:
             if name in found:
-                (triplets, error, _, full_svd), pcdr, seconds = found[name]
-                info = torch.tensor([error, float(full_svd), seconds], dtype=torch.float64, device=pcdr.device)
-                results[name] = (*triplets, pcdr, info)
+                triplets, pcdr, *about = found[name]
+                results[name] = (*triplets, pcdr, torch.tensor(about, dtype=torch.float64, device=pcdr.device))
             else:
-                results[name] = self._empty_result(watched)
+                results[name] = self._empty_result(name)
         if group is not None:
             distributed.sum_over_ranks([tensor for result in results.values() for tensor in result], group)
         for name, (u, s, v, pcdr, info) in results.items():
             rank = len(s) if self.criterion == "all" else outlier_rank(pcdr, self.tau) or 0
             chosen[name].set(SingularTriplets(u, s, v), pcdr, info, rank)
 
-    def _empty_result(self, watched: _WatchedLayer) -> tuple[Tensor, ...]:
+    def _empty_result(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Zeros in the place of a result: u, s, v, PCDR and info."""
+        watched = self._watched[name]
         m, n = watched.linear.shape
         k = min(m, n) if self.k_max is None else self.k_max
         like = distributed.local(watched.linear.weight.detach())
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        parts = [torch.zeros(size, dtype=dtype, device=like.device) for size in ((m, k), (k,), (n, k), (k,))]
-        return *parts, torch.zeros(3, dtype=torch.float64, device=like.device)
+        u, s, v, pcdr = (torch.zeros(size, dtype=dtype, device=like.device) for size in ((m, k), (k,), (n, k), (k,)))
+        return u, s, v, pcdr, torch.zeros(3, dtype=torch.float64, device=like.device)
 
     # --- looking at it ----------------------------------------------------------------------------------------------
 
@@ -747,25 +805,33 @@ class SelectiveSpectralDecay(Attached):
         Returns:
             Rows with layer, rank (0 where nothing is penalised), pcdr_1.., sigma_1.., penalty (the value),
             penalty_norm (Frobenius norm of what is added to the gradient), error (guaranteed bound on the error of the
-            singular values), full_svd (whether the iteration gave up), refresh_seconds.
+            singular values), full_svd (whether the iteration gave up), certified, refresh_seconds. Of a certified layer
+            (``criterion="spectral"`` alone) a bound has proved that no PCDR reaches tau: its pcdr are the bounds, and
+            no singular value was computed (NaN).
         """
         rows = []
         for name, w in self._watched.items():
-            if w.triplets is None:
+            if w.triplets is None or w.pcdr is None or w.info is None:
                 continue
             s = w.selected().s
             row: dict[str, Any] = {"layer": name, "rank": w.rank}
             row |= {f"pcdr_{k}": value for k, value in enumerate(w.pcdr.tolist(), start=1)}
-            row |= {f"sigma_{k}": value for k, value in enumerate(w.triplets.s.tolist(), start=1)}
+            error, how, seconds = w.info.tolist()
+            certified = how == CERTIFIED
+            sigma = [math.nan] * len(w.triplets.s) if certified else w.triplets.s.tolist()
+            row |= {f"sigma_{k}": value for k, value in enumerate(sigma, start=1)}
             row["penalty"] = float(spectral_penalty(s, lam=self.lam, power=self.power))
             row["penalty_norm"] = self.lam * float(torch.linalg.vector_norm(s**self.power))
-            error, full_svd, seconds = w.info.tolist()
-            row |= {"error": error, "full_svd": bool(full_svd), "refresh_seconds": seconds}
+            row |= {"error": math.nan if certified else error, "full_svd": how == FULL_SVD, "certified": certified}
+            row["refresh_seconds"] = seconds
             rows.append(row)
         return rows
 
     def metrics(self) -> dict[str, float]:
         """A few numbers for a logger, from the last refresh.
+
+        The largest singular value is that of the layers whose spectrum was looked at (see :meth:`report`); NaN if none
+        was.
 
         Example:
             >>> decay = SelectiveSpectralDecay(torch.nn.Linear(2, 2), criterion="all", k_max=1)
@@ -774,14 +840,16 @@ class SelectiveSpectralDecay(Attached):
             1.0
         """
         rows = self.report()
+        sigma = [row["sigma_1"] for row in rows if not row["certified"]]
         return {
             "s2d/layers": float(sum(row["rank"] > 0 for row in rows)),
             "s2d/components": float(sum(row["rank"] for row in rows)),
             "s2d/penalty": sum(row["penalty"] for row in rows),
             "s2d/penalty_norm": math.sqrt(sum(row["penalty_norm"] ** 2 for row in rows)),
-            "s2d/sigma_1_max": max((row["sigma_1"] for row in rows), default=0.0),
+            "s2d/sigma_1_max": max(sigma, default=math.nan if rows else 0.0),
             "s2d/refresh_seconds": self.refresh_seconds,
             "s2d/full_svds": float(sum(row["full_svd"] for row in rows)),
+            "s2d/certified": float(sum(row["certified"] for row in rows)),
         }
 
     def health(self) -> list[dict[str, Any]]:
@@ -828,11 +896,13 @@ class SelectiveSpectralDecay(Attached):
     def summary(self) -> str:
         """How many layers act, and the metrics, as one line."""
         m = self.metrics()
+        sigma = "not looked at" if math.isnan(m["s2d/sigma_1_max"]) else f"{m['s2d/sigma_1_max']:.3g}"
+        certified = f", {m['s2d/certified']:.0f} layers certified" if m["s2d/certified"] else ""
         return (
             f"S2D step {self.steps}: {self._attachment.acting()} of {len(self._watched)} layers act, "
             f"{m['s2d/components']:.0f} components in {m['s2d/layers']:.0f} of "
-            f"{len(self._watched)} layers, penalty {m['s2d/penalty']:.3g}, largest sigma {m['s2d/sigma_1_max']:.3g}, "
-            f"refresh {m['s2d/refresh_seconds']:.2f} s ({m['s2d/full_svds']:.0f} full SVDs)"
+            f"{len(self._watched)} layers, penalty {m['s2d/penalty']:.3g}, largest sigma {sigma}, "
+            f"refresh {m['s2d/refresh_seconds']:.2f} s ({m['s2d/full_svds']:.0f} full SVDs{certified})"
         )
 
     @torch.no_grad()
@@ -899,7 +969,7 @@ class SelectiveSpectralDecay(Attached):
         for name in names:
             given = [state[f"{name}.{field}"].shape for field in FIELDS if f"{name}.{field}" in state]
             given = given if not given or f"{name}.spent" in state else given[:-1]
-            expected = [tensor.shape for tensor in self._empty_result(self._watched[name])]
+            expected = [tensor.shape for tensor in self._empty_result(name)]
             if f"{name}.rank" not in state or len(given) not in (0, len(FIELDS)):
                 raise ValueError(f"the state of layer {name} was cut short: it lacks one of rank, {', '.join(FIELDS)}")
             if given and given != expected:
@@ -913,7 +983,8 @@ class SelectiveSpectralDecay(Attached):
                         f"the state of layer {name} has {field} {tuple(state[f'{name}.{field}'].shape)} for "
                         f"{tuple(expected[3])} triplets: load the state_dict() of a run, unchanged"
                     )
-            rank, most = state[f"{name}.rank"].tolist(), len(state[f"{name}.s"]) if given else 0
+            rank: Any = state[f"{name}.rank"].tolist()
+            most = len(state[f"{name}.s"]) if given else 0
             if rank not in range(most + 1):
                 raise ValueError(
                     f"layer {name} has rank {rank} in the state, which holds {most} triplets of it, so that only 0 to "
@@ -923,7 +994,7 @@ class SelectiveSpectralDecay(Attached):
         for name, w in self._watched.items():
             w.triplets, w.owed, w.rank = None, None, 0
             if f"{name}.u" in state:
-                like = self._empty_result(w)
+                like = self._empty_result(name)
                 u, s, v, pcdr, info = (
                     state[f"{name}.{field}"].clone().to(tensor) for field, tensor in zip(FIELDS, like, strict=True)
                 )

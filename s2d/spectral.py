@@ -82,16 +82,15 @@ def check_triplets(triplets: Any, shape: Sequence[int] | None = None, *, name: s
     repair = "give SingularTriplets(u, s, v) with u (out_features, k), s (k,) and v (in_features, k)"
     if not isinstance(triplets, tuple) or len(triplets) != 3 or not hasattr(triplets, "s"):
         raise ValueError(f"{name} is a {type(triplets).__name__}: {repair}")
-    for part, ndim in zip(("u", "s", "v"), (2, 1, 2), strict=True):
-        check_tensor(f"{name}.{part}", getattr(triplets, part), repair, ndim=ndim)
-    k = len(triplets.s)
+    u, s, v = (getattr(triplets, part) for part in ("u", "s", "v"))
+    for part, value, ndim in (("u", u, 2), ("s", s, 1), ("v", v, 2)):
+        check_tensor(f"{name}.{part}", value, repair, ndim=ndim)
+    k = len(s)
     given = [tuple(part.shape) for part in triplets]
-    if not k or triplets.u.shape[1] != k or triplets.v.shape[1] != k:
+    if not k or u.shape[1] != k or v.shape[1] != k:
         raise ValueError(f"{name} has shapes {given}: {repair}")
-    if shape is not None and (len(triplets.u), len(triplets.v)) != tuple(shape):
-        raise ValueError(
-            f"{name} is of a {len(triplets.u)}x{len(triplets.v)} weight, this one is {tuple(shape)}: {repair}"
-        )
+    if shape is not None and (len(u), len(v)) != tuple(shape):
+        raise ValueError(f"{name} is of a {len(u)}x{len(v)} weight, this one is {tuple(shape)}: {repair}")
 
 
 def _check_matrix(weight: Tensor, name: str = "weight") -> None:
@@ -154,6 +153,75 @@ def in_float64(tensor: Tensor, *, copy: bool = False) -> Tensor:
     """
     device = "cpu" if tensor.device.type == "mps" else tensor.device
     return tensor.detach().to(device).to(torch.float64, copy=copy)
+
+
+def top_mass_bound(weight: Tensor, k: int, *, rows: int = 16) -> Tensor:
+    r"""At most this share of the squared spectral mass is in the top 1, 2, ... k components; no iteration.
+
+    Cut the weight into blocks B of p rows. A best approximation of rank j of the weight is, in each block, one of rank
+    j at most, so what it leaves of the whole is at least what the blocks' own best ones leave (Eckart and Young):
+
+    .. math:: \sum_{r > j} \sigma_r(W)^2 \ge \sum_B \sum_{r > j} \sigma_r(B)^2 .
+
+    The Gram matrix :math:`G = BB^\top`, p by p, has the eigenvalues :math:`\sigma_r(B)^2`, whose sum is its trace
+    :math:`a` and whose squares' sum is :math:`\|G\|_F^2`. By Cauchy and Schwarz the largest j of any p numbers with
+    these sums add up to at most :math:`(ja + \sqrt{j(p-j)(p\|G\|_F^2 - a^2)})/p`: no eigenvalue is computed. A flat
+    spectrum gives about j/p and more.
+
+    **What is guaranteed.** The bound holds for the weight as it is, rounding included: an entry of G is off by at most
+    :math:`\gamma_n |B||B|^\top`, so the trace by the part :math:`\gamma_n` of it and the norm by :math:`\gamma_n a`
+    (Higham 2002, section 3.5), both taken at their worst. Rows beyond the last whole block count as wholly in the top.
+
+    Args:
+        weight: ``(out_features, in_features)``, any floating dtype.
+        k: how many components, ``1 <= k <= min(weight.shape)``.
+        rows: p, rows of a block. More rows bound more sharply; up to 16 take about as long as two block products of
+            the iteration, 32 as three. Fewer than k + 1 rows, or more than the weight has, bound nothing.
+
+    Returns:
+        ``(k,)`` in float64, increasing, at most 1; zeros for a zero weight.
+
+    Raises:
+        TypeError, ValueError: see :func:`as_matrix`; ValueError for k or rows out of range.
+
+    Example:
+        >>> bound = top_mass_bound(torch.eye(64, dtype=torch.float64), 2)
+        >>> [round(share, 4) for share in bound.tolist()]  # 1/16 and 2/16; in truth 1/64 and 2/64
+        [0.0625, 0.125]
+
+    Paper: none; it decides Algorithm 1, line 9, where the spectral form of PCDR is far from the threshold. Cost: O(m n
+    rows), in one pass.
+    """
+    _check_matrix(weight)
+    _check(weight, k, None)
+    rows = check_count("rows", rows, "give how many rows a block has, at least 1")
+    matrix, largest = _finite(weight)
+    m, n = matrix.shape
+    share = torch.ones(k, dtype=torch.float64)
+    if largest == 0:
+        return torch.zeros_like(share)
+    blocks = m // rows
+    # Twice the unit roundoff, for any rounding mode; the second term is that of the float64 sums below.
+    unit = n * torch.finfo(matrix.dtype).eps
+    gamma = unit / (1 - unit) + rows**2 * 2.0**-50
+    if not 0 < gamma < 0.5 or blocks == 0:
+        return share
+    if not SAFE_RANGE[0] <= largest <= SAFE_RANGE[1]:
+        matrix = times_power_of_two(matrix, -math.frexp(largest)[1])
+    with _full_precision(matrix.device.type):
+        parts = matrix[: blocks * rows].reshape(blocks, rows, n)
+        gram = in_float64(torch.bmm(parts, parts.mT))
+    trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1)
+    norm = torch.linalg.matrix_norm(gram) + gamma * trace / (1 - gamma)
+    total = trace.sum() / (1 - gamma)
+    if blocks * rows < m:
+        total = total + torch.linalg.vector_norm(in_float64(matrix[blocks * rows :])).square() * (1 + gamma)
+    trace = trace / (1 + gamma)  # what is left over grows with the trace, and falls with the norm
+    j = torch.arange(1, min(k, rows) + 1, dtype=torch.float64, device=gram.device)[:, None]
+    spread = (j * (rows - j) * (rows * norm.square() - trace.square()).clamp(min=0)).sqrt()
+    rest = (((rows - j) * trace - spread) / rows).clamp(min=0).sum(dim=1)
+    share[: len(j)] = (1 - rest / total).clamp(min=0, max=1).cpu()
+    return share
 
 
 def top_singular_triplets(
@@ -285,9 +353,9 @@ def _check(weight: Tensor, k: int, start: SingularTriplets | None) -> None:
 def _full_precision(device_type: str) -> Iterator[None]:
     """Neither autocast nor TF32: with three digits in the products no residual would become small."""
     # Since torch 2.9 each backend has its own switch, and asking the old, common one fails once these were used.
-    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     switches = [backend for backend in backends if hasattr(backend, "fp32_precision")]
-    before = [switch.fp32_precision for switch in switches] if switches else torch.get_float32_matmul_precision()
+    before: Any = [switch.fp32_precision for switch in switches] if switches else torch.get_float32_matmul_precision()
     try:
         if switches:
             for switch in switches:

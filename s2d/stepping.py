@@ -116,7 +116,7 @@ def find_masters(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]
     low = {name: distributed.local(weight.detach()) for name, weight in weights.items() if is_low_precision(weight)}
     if not low:
         return {}
-    wide: dict[tuple, list[Tensor]] = {}
+    wide: dict[tuple[Any, ...], list[Tensor]] = {}
     for tensor in held(optimizer, Tensor):
         part = distributed.local(tensor.detach())
         if part.dtype in (torch.float32, torch.float64) and not part.is_meta:

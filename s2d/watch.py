@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +50,10 @@ class OutlierWatch:
         self.rows = {name: OutlierRows(capacity) for name in maps}
         self.active = False
         self._seen: set[int] = set()  # modules whose forward pass was watched outside backward()
-        self._handles: list = []
+        self._handles: list[Any] = []
         self._hooks: list[_Hook] = []
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """A copy watches nothing until it is attached: the hooks are those of the modules of the original."""
         return vars(self) | {"_handles": [], "_hooks": [], "active": False}
 
@@ -157,14 +158,14 @@ class _Hook:
         self.watch, self.name, self.linear = watch, name, linear
         self.chosen = True
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.watch.active and self.chosen and (torch.is_grad_enabled() or not self.watch.training_only):
             self.watch.see(self.name, self.linear, self.linear.input(args, kwargs))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _InertHook, ()
 
 
 class _InertHook:
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return None

@@ -70,12 +70,12 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture, code: int = 2) ->
 def test_help_names_every_command_and_an_unknown_one_is_refused(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text for name in ("diagnose", "condition", "quantize", "eval"))
+    assert all(f"  {name} " in text for name in ("diagnose", "condition", "quantize", "estimate", "eval"))
     assert "did you mean 'diagnose'" in fails(["diagnos"], capsys)
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("command", ["diagnose", "condition", "quantize", "eval"])
+@pytest.mark.parametrize("command", ["diagnose", "condition", "quantize", "estimate", "eval"])
 def test_every_command_has_help_under_its_own_name(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -306,6 +306,9 @@ def test_eval_measures_a_network_and_its_quantized_copy(here: Path, capsys: pyte
         (["--test", "test.safetensors", "--quantized", "nowhere"], "is no folder"),
         (["--test", "test.safetensors", "--quantized", "pictures"], "pictures"),
         ([], "--test"),
+        (["--questions", "nowhere.jsonl"], "no questions at nowhere.jsonl"),
+        (["--questions", "model.safetensors"], "--questions needs a model that generates text, model.safetensors does"),
+        (["--questions", "a.jsonl", "--test", "test.safetensors"], "not allowed with"),
     ],
 )
 def test_eval_refuses(arguments: list[str], message: str, here: Path, capsys: pytest.CaptureFixture) -> None:

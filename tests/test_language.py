@@ -18,11 +18,10 @@ from s2d.lab.word_problems import (
     SPLITS,
     TEMPLATES,
     WordProblems,
-    final_number,
     problems,
-    read_problems,
     vocabulary,
 )
+from s2d.models.problems import final_number, read_problems
 
 
 def solved(question: str) -> int:

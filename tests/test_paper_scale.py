@@ -37,9 +37,7 @@ from s2d.lab.paper_scale.experiments import (
 from s2d.lab.paper_scale.merge import compare, merged, read_cells, value_of
 from s2d.lab.paper_scale.split import put_aside
 from s2d.lab.paper_scale.tiny import make_tiny
-from s2d.lab.word_problems import Problem
 from s2d.ptq.command.arguments import quantize_parser
-from s2d.train.conversations import encode
 from s2d.train.settings import LanguageSettings, VisionSettings, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -348,49 +346,30 @@ def language(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_model_that_knows_the_answers_is_right_and_one_that_does_not_is_wrong(language, monkeypatch):
+def test_the_problems_that_are_solved_are_counted(language, monkeypatch):
     told = {}
     monkeypatch.setattr(
-        answers, "answers", lambda model, tokenizer, some, **_: [(p, told.get(p.question, "no")) for p in some]
+        answers, "solve", lambda model, tokenizer, some, **_: [told.get(p.question, "no") for p in some]
     )
     folder, problems = str(language / "qwen2"), language / "gsm8k"
     assert answers.measure(folder, problems, "FP")["accuracy"] == 0
     _, test = answers.read_splits(problems)
     told |= {problem.question: f"So it is {problem.answer}." for problem in test[:3]}
     result = answers.measure(folder, problems, "FP")
-    assert (result["accuracy"], result["items"], result["right"]) == (0.5, 6, 3)
+    assert (result["accuracy"], result["items"]) == (0.5, 6)
     assert answers.measure(folder, problems, "FP", items=3)["accuracy"] == 1
 
 
-def test_an_answer_is_asked_for_as_it_was_trained_and_ends_where_it_ended(language):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(language / "qwen2")
-    turns = [{"role": "user", "content": "How many keys ?"}, {"role": "assistant", "content": "7"}]
-    for template in (tokenizer.chat_template, None):
-        tokenizer.chat_template = template
-        trained = encode(tokenizer, turns, 64)
-        prompt = [t for t, label in zip(trained["input_ids"], trained["labels"], strict=True) if label == -100]
-        assert tokenizer(answers.asked(tokenizer, "How many keys ?"), add_special_tokens=False)["input_ids"] == prompt
-        assert answers.ends(tokenizer) == [tokenizer.eos_token_id]
-        assert set(answers.ends(tokenizer)) & {label for label in trained["labels"] if label != -100}
-
-
-def test_generation_is_the_argmax_of_the_forward_pass_whatever_stands_beside_a_problem(language):
-    from s2d.models import load
-
-    subject = load(str(language / "qwen2"))
-    model, tokenizer = subject.model, subject.tokenizer()
-    some = [Problem("How many keys are there ?", 1), Problem("There are 3 keys on the table and 4 in a box .", 7)]
-    found = dict(answers.answers(model, tokenizer, some, new_tokens=3, rows=2))
-    for problem in some:
-        ids = tokenizer(answers.asked(tokenizer, problem.question), add_special_tokens=False)["input_ids"]
-        for _ in range(3):
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-            if ids[-1] == tokenizer.eos_token_id:
-                break
-        new = ids[len(tokenizer(answers.asked(tokenizer, problem.question), add_special_tokens=False)["input_ids"]) :]
-        assert found[problem] == tokenizer.decode(new, skip_special_tokens=True)
+def test_what_answers_is_the_network_at_the_bits_asked_for(language, monkeypatch):
+    seen = []
+    monkeypatch.setattr(answers, "solve", lambda model, tokenizer, some, **_: seen.append(model) or [""] * len(some))
+    batch = torch.arange(3, 11)[None]
+    for bits in ("FP", "W8A8", "W2A8"):
+        answers.measure(str(language / "qwen2"), language / "gsm8k", bits, calibration=8)
+    with torch.no_grad():
+        full, eight, two = (model(input_ids=batch).logits for model in seen)
+    far = [(found - full).norm() / full.norm() for found in (eight, two)]
+    assert 0 < far[0] < 0.1 < far[1]
 
 
 def test_problems_that_are_calibrated_on_are_not_tested_on(language, tmp_path):
@@ -400,9 +379,6 @@ def test_problems_that_are_calibrated_on_are_not_tested_on(language, tmp_path):
     (tmp_path / "train.jsonl").write_text(text)
     (tmp_path / "test.jsonl").write_text(text.splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="1 questions are in both files"):
-        answers.read_splits(tmp_path)
-    (tmp_path / "test.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="test.jsonl is empty"):
         answers.read_splits(tmp_path)
     with pytest.raises(ValueError, match="--calibration is 99: there are 24"):
         answers.measure(str(language / "qwen2"), language / "gsm8k", "W8A8", calibration=99)

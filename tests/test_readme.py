@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from s2d.lab import pages
+from s2d.lab.figures.registry import table_writers
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = ("README.md", "docs/on_your_model.md", "docs/quantize.md", "docs/real_networks.md")
+GUIDES = ("README.md", "docs/on_your_model.md", "docs/quantize.md", "docs/real_networks.md", "docs/train.md")
 
 
 @pytest.mark.parametrize("page", GUIDES)

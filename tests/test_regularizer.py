@@ -531,7 +531,7 @@ def test_the_report_by_hand(m, n, kind, scale, seed, power, tau, criterion, data
     columns = [f"{name}_{j}" for name in ("pcdr", "sigma") for j in range(1, k + 1)]
     assert list(row) == [
         *("layer", "rank", *columns),
-        *("penalty", "penalty_norm", "error", "full_svd", "refresh_seconds"),
+        *("penalty", "penalty_norm", "error", "full_svd", "certified", "refresh_seconds"),
     ]
     assert row["layer"] == "" and row["rank"] == rank
     assert [row[c] for c in columns[:k]] == pytest.approx(shares, abs=1e-9)
@@ -540,7 +540,104 @@ def test_the_report_by_hand(m, n, kind, scale, seed, power, tau, criterion, data
     norm = 0.2 * float(penalty_matrix_literal(weight, rank, power).norm()) if rank else 0.0
     assert row["penalty"] == pytest.approx(value, rel=1e-8, abs=1e-200) == decay.penalty()
     assert row["penalty_norm"] == pytest.approx(norm, rel=1e-6, abs=1e-60)
-    assert row["error"] == 0 and row["full_svd"] is False and row["refresh_seconds"] > 0
+    assert row["error"] == 0 and row["full_svd"] is row["certified"] is False and row["refresh_seconds"] > 0
+
+
+# --- what a refresh need not find -------------------------------------------------------------------------------------
+
+
+def with_share(m: int, n: int, share: float, k: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """A weight whose k top components, all equal, hold this share of the squared mass."""
+    r = min(m, n)
+    squares = torch.cat([torch.full((k,), share / k), torch.full((r - k,), (1 - share) / (r - k))]).double()
+    u, v = torch.linalg.qr(gaussian(m, r, seed=seed))[0], torch.linalg.qr(gaussian(n, r, seed=seed + 1))[0]
+    return ((u * squares.sqrt()) @ v.T).to(dtype)
+
+
+def decided(weights: list[Tensor], certify: bool, monkeypatch: pytest.MonkeyPatch, **options) -> SelectiveSpectralDecay:
+    model = nn.ModuleList(one_layer(weight) for weight in weights)
+    decay = SelectiveSpectralDecay(model, criterion="spectral", include="*", **options)
+    with monkeypatch.context() as patch:
+        if not certify:
+            patch.setattr(decay, "_certificate", lambda matrix, k: None)
+        decay.refresh()
+    return decay
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
+@pytest.mark.parametrize(("tau", "k_max"), [(0.95, 3), (0.5, 1), (0.2, 3), (0.06, 3), (0.95, 10), (1e-6, 1)])
+def test_a_certified_decision_is_that_of_the_triplets(tau, k_max, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [tau * (1 + off) for off in (-0.5, -0.2, -1e-2, -1e-3, -6e-4, -5e-4, -4e-4, 0, 1e-6, 1e-2)]
+    tied = [
+        with_share(150 + 20 * (i % 2), 140, min(share, 1.0), k_max, i, dtype)
+        for i, share in enumerate(shares)
+        if share * (min(150, 140) - k_max) >= k_max * (1 - share)  # the top ones are the top
+    ]
+    u = torch.linalg.qr(gaussian(300, 5))[0]
+    others = [
+        gaussian(300, 200),
+        gaussian(300, 200, seed=1) * 2.0**-100,
+        gaussian(300, 200, seed=2) * 2.0**100,
+        u @ gaussian(5, 200),  # of rank five
+        torch.outer(gaussian(300), gaussian(200)),
+        torch.zeros(300, 200, dtype=F64),
+        torch.ones(300, 1, dtype=F64) * gaussian(1, 200),
+        gaussian(300, 200) * torch.exp(3 * gaussian(300, 1)),
+        gaussian(20, 30),  # too small to be worth it
+    ]
+    weights = tied + [weight.to(dtype) for weight in others]
+    fast, slow = (decided(weights, on, monkeypatch, tau=tau, k_max=k_max) for on in (True, False))
+    assert ranks(fast) == ranks(slow)
+    certified = [row["certified"] for row in fast.report()]
+    assert not any(row["certified"] for row in slow.report())
+    assert not any(on and rank for on, rank in zip(certified, ranks(fast), strict=True))
+    if tau == 0.95:
+        assert certified[len(tied)] and certified[0] and not certified[-1]
+    if tau < 0.01:
+        assert not any(certified)
+    for name, watched in slow._watched.items():  # what was not certified is found to the same bits
+        if not fast.report()[int(name.split(".")[0])]["certified"]:
+            assert all(map(torch.equal, watched.triplets, fast._watched[name].triplets))
+
+
+def test_a_certified_layer_is_reported_and_kept_as_such() -> None:
+    layer = one_layer(gaussian(200, 150))
+    optimizer = sgd(layer)
+    decay = attached(layer, optimizer, criterion="spectral", lam=1.0, refresh_every=1)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    before = snapshot(layer)
+    optimizer.step()
+    assert same(layer, before)
+    (row,) = decay.report()
+    truth = torch.linalg.svdvals(layer.weight.detach()).square()
+    assert row["certified"] and row["rank"] == 0 and math.isnan(row["sigma_1"]) and math.isnan(row["error"])
+    assert [row["pcdr_1"], row["pcdr_3"]] >= [truth[0] / truth.sum(), truth[:3].sum() / truth.sum()]
+    assert row["pcdr_3"] < 0.95
+    assert decay.metrics()["s2d/certified"] == 1 and math.isnan(decay.metrics()["s2d/sigma_1_max"])
+    assert "largest sigma not looked at" in decay.summary() and "1 layers certified" in decay.summary()
+    state = through_safetensors(decay.state_dict())
+    other = SelectiveSpectralDecay(one_layer(layer.weight.detach()), criterion="spectral", lam=1.0, refresh_every=1)
+    other.load_state_dict(state)
+    assert same_state(other, state) and other.report()[0]["certified"]
+    # Once a component stands out it is found, from a fresh start and from the last triplets.
+    for _ in range(2):
+        layer.weight.data += 30 * torch.outer(gaussian(200, seed=5), gaussian(150, seed=6))
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        expected = penalty_matrix_literal(layer.weight.detach(), 1, 2)
+        optimizer.step()
+        torch.testing.assert_close(layer.weight.grad, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        assert decay.report()[0]["rank"] == 1 and not decay.report()[0]["certified"]
+        layer.weight.data.copy_(gaussian(200, 150))
+        optimizer.step()
+        assert decay.report()[0]["certified"] and decay._watched[""].triplets.s.any()
+
+
+def test_every_component_is_beyond_any_bound() -> None:
+    layer = one_layer(gaussian(200, 150))
+    decay = SelectiveSpectralDecay(layer, criterion="spectral", k_max=None)
+    decay.refresh()
+    (row,) = decay.report()
+    assert row["rank"] > 100 and not row["certified"]
 
 
 @STRESS
@@ -579,6 +676,7 @@ def test_metrics_summary_and_repr() -> None:
         "s2d/penalty_norm": 0.2 * torch.cat([g.flatten() for g in matrices]).norm().item(),
         "s2d/sigma_1_max": max(float(torch.linalg.matrix_norm(w.detach(), 2)) for w in weights(start)[:2]),
         "s2d/full_svds": 0,
+        "s2d/certified": 0,
     }
     assert metrics.keys() - expected.keys() == {"s2d/refresh_seconds"}
     assert all(isinstance(value, float) for value in metrics.values())

@@ -21,6 +21,7 @@ from s2d.spectral import (
     SolvedTriplets,
     as_matrix,
     solve_top_triplets,
+    top_mass_bound,
     top_singular_triplets,
 )
 
@@ -170,7 +171,13 @@ BAD_WEIGHTS = [
 
 
 @pytest.mark.parametrize(
-    "function", [as_matrix, lambda w: top_singular_triplets(w, 1), lambda w: solve_top_triplets([w], 1)]
+    "function",
+    [
+        as_matrix,
+        lambda w: top_singular_triplets(w, 1),
+        lambda w: solve_top_triplets([w], 1),
+        lambda w: top_mass_bound(w, 1),
+    ],
 )
 @pytest.mark.parametrize(("weight", "error", "message"), BAD_WEIGHTS)
 def test_what_is_no_finite_matrix_is_refused(function, weight, error: type, message: str) -> None:
@@ -679,3 +686,79 @@ def test_one_bad_weight_among_good_ones_is_refused() -> None:
     bad[3, 4] = math.nan
     with pytest.raises(ValueError, match="1 NaN or infinite"):
         solve_top_triplets([torch.eye(200), bad], 1)
+
+
+# The bound of the mass in the top components
+
+
+def mass(weight: Tensor, k: int) -> Tensor:
+    """The shares themselves, from LAPACK in float64."""
+    size = float(weight.double().abs().max()) or 1.0
+    squares = torch.linalg.svdvals(weight.double() / size).square()
+    return squares.cumsum(0)[:k] / squares.sum() if squares.sum() else torch.zeros(k, dtype=torch.float64)
+
+
+def adversarial(kind: str, m: int, n: int, seed: int) -> Tensor:
+    """Weights whose rows are as unlike a random matrix's as can be."""
+    if kind == "equal rows":
+        return torch.ones(m, 1, dtype=torch.float64) * gaussian(1, n, seed=seed)
+    if kind == "one row a block":  # flat, but every block has rank one
+        weight = torch.zeros(m, n, dtype=torch.float64)
+        weight[::16] = orthonormal(n, m, seed).T[: len(weight[::16])] if n >= m else gaussian(m, n, seed=seed)[::16]
+        return weight
+    if kind == "the last rows":  # all of it in what no whole block holds
+        weight = torch.zeros(m, n, dtype=torch.float64)
+        weight[-3:] = gaussian(min(m, 3), n, seed=seed)
+        return weight
+    if kind == "one entry":
+        weight = torch.zeros(m, n, dtype=torch.float64)
+        weight[seed % m, seed % n] = -2.0
+        return weight
+    return gaussian(m, n, seed=seed) * torch.exp(4 * gaussian(m, 1, seed=seed + 1))  # "rows of all sizes"
+
+
+ADVERSARIAL = ["equal rows", "one row a block", "the last rows", "one entry", "rows of all sizes"]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([*SMALL_SHAPES, *LARGE_SHAPES]),
+    st.sampled_from(["gaussian", *KINDS, *ADVERSARIAL]),
+    st.sampled_from([1, 3, 10]),
+    st.sampled_from([1, 2, 7, 16, 32, 1000]),
+    st.sampled_from(FLOATS),
+    st.sampled_from([0, 0, -110, -60, 60, 110]),
+    st.integers(0, 2**31),
+)
+def test_the_top_components_hold_no_more_than_the_bound(shape, kind, k, rows, dtype, exponent, seed) -> None:
+    k = min(k, *shape)
+    if kind in ADVERSARIAL:
+        weight = adversarial(kind, *shape, seed)
+    else:
+        weight = (
+            gaussian(*shape, seed=seed) if kind == "gaussian" else planted(*shape, spectrum(kind, min(shape)), seed)
+        )
+    weight = (weight * 2.0 ** (exponent if dtype != torch.float16 else 0)).to(dtype)
+    bound, truth = top_mass_bound(weight, k, rows=rows), mass(weight, k)
+    assert bound.shape == (k,) and bound.dtype == torch.float64
+    assert (bound >= truth - 1e-12).all() and (bound <= 1).all() and (bound.diff() >= -1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_flat_spectrum_is_bounded_by_the_rows_of_a_block(dtype: torch.dtype) -> None:
+    weight = gaussian(512, 2048).to(dtype)
+    for rows, most in ((16, 0.26), (32, 0.16)):
+        assert 3 / rows < top_mass_bound(weight, 3, rows=rows)[2] < most
+    assert top_mass_bound(weight, 3, rows=3).tolist()[2] == top_mass_bound(weight, 3, rows=513).tolist()[2] == 1
+
+
+def test_the_bound_is_the_truth_where_every_block_is_alike() -> None:
+    weight = torch.eye(4, dtype=torch.float64).repeat(1, 8)  # a single block, of four equal singular values
+    torch.testing.assert_close(top_mass_bound(weight, 4, rows=4), mass(weight, 4), rtol=0, atol=1e-5)
+
+
+def test_a_bound_has_at_least_one_row() -> None:
+    with pytest.raises(ValueError, match="rows is 0: give how many rows a block has"):
+        top_mass_bound(torch.eye(3), 1, rows=0)
+    with pytest.raises(ValueError, match="k is 4: a 3x3 weight"):
+        top_mass_bound(torch.eye(3), 4)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import WORKER, largest_difference, run, settings, weights
+from safetensors.torch import load_file
+from training import WORKER, largest_difference, picture, run, settings, weights
 
 from s2d.command import main
-from s2d.train.conversations import IGNORED, encode, read_conversations
+from s2d.train.conversations import IGNORED, Conversation, encode, read_conversations
 
 WORDS = "<pad> <unk> </s> User: Assistant: <|user|> <|bot|> <|end|> what is plus ? so it ####".split()
 TEMPLATE = (
@@ -94,7 +95,7 @@ def fails(given: list[str], capsys: pytest.CaptureFixture, code: int = 2) -> str
 def test_only_answers_and_their_end_are_in_the_loss():
     found = tokenizer(TEMPLATE)
     talk = [("user", "what is 1"), ("assistant", "so 2"), ("user", "plus 3 ?"), ("assistant", "it is 5")]
-    row = encode(found, [{"role": role, "content": text} for role, text in talk], 100)
+    row = encode(found, Conversation([{"role": role, "content": text} for role, text in talk]), 100)
     words = found.convert_ids_to_tokens(row["input_ids"])
     assert " ".join(words) == (
         "<|user|> what is 1 <|end|> <|bot|> so 2 <|end|> <|user|> plus 3 ? <|end|> <|bot|> it is 5 <|end|>"
@@ -106,7 +107,8 @@ def test_only_answers_and_their_end_are_in_the_loss():
 
 def test_a_tokenizer_without_a_template_gets_plain_turns_that_end():
     found = tokenizer()
-    row = encode(found, [{"role": "user", "content": "what is 1"}, {"role": "assistant", "content": "so 2"}], 6)
+    turns = [{"role": "user", "content": "what is 1"}, {"role": "assistant", "content": "so 2"}]
+    row = encode(found, Conversation(turns), 6)
     assert found.convert_ids_to_tokens(row["input_ids"]) == ["User:", "what", "is", "1", "Assistant:", "so"]
     assert [label != IGNORED for label in row["labels"]] == [False] * 5 + [True]
 
@@ -115,7 +117,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     template = "{% for m in messages %}{{ loop.revindex }} {{ m.content }} {% endfor %}"
     turns = [{"role": role, "content": "what"} for role in ("user", "assistant")] * 2
     with pytest.raises(ValueError, match="rewrites earlier turns"):
-        encode(tokenizer(template), turns, 10)
+        encode(tokenizer(template), Conversation(turns), 10)
 
 
 def test_messages_and_a_hugging_face_table_are_read_like_questions(tmp_path):
@@ -125,7 +127,7 @@ def test_messages_and_a_hugging_face_table_are_read_like_questions(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"question": "what ?", "answer": "it"}) + "\n")
     datasets.Dataset.from_list([{"messages": turns}]).to_parquet(tmp_path / "set" / "train.parquet")
     for source in (tmp_path / "a.jsonl", tmp_path / "b.jsonl", f"hfds/{tmp_path / 'set'}:train"):
-        assert read_conversations(str(source), "--data") == [turns]
+        assert read_conversations(str(source), "--data") == [Conversation(turns)]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,7 @@ def test_messages_and_a_hugging_face_table_are_read_like_questions(tmp_path):
         ('{"messages": [{"role": "user", "content": "a"}]}', "row 1 has no answer"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "a message needs role"),
         ('{"question": "a", "answer": 5}', "content, a text"),
+        ('{"question": "a", "answer": "b", "image": "gone.png"}', "row 1: there is no picture .*gone.png"),
         ("", "holds no conversations"),
     ],
 )
@@ -182,6 +185,49 @@ def test_killed_in_the_middle_of_a_checkpoint_and_resumed_it_ends_with_the_same_
     assert largest_difference(out, whole) == 0
     mine, other = ([{**row, "seconds": ""} for row in history(folder)] for folder in (out, whole))
     assert mine == other
+
+
+def small_llava(folder: Path) -> None:
+    """A LLaVA of random weights whose pictures are 4 tokens, with its processor."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.SiglipVisionConfig(**sizes, image_size=8, patch_size=4, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**sizes, vocab_size=len(words), num_key_value_heads=2),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="full",
+        pad_token_id=0,
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pixels = transformers.SiglipImageProcessor(size={"height": 8, "width": 8})
+    options = {"patch_size": 4, "vision_feature_select_strategy": "full", "image_token": "<image>"}
+    transformers.LlavaProcessor(pixels, words, **options).save_pretrained(folder)
+
+
+def test_a_vision_language_model_is_fine_tuned_on_questions_about_pictures(here, tmp_path, capsys):
+    small_llava(tmp_path / "llava")
+    rows = []
+    for i in range(8):
+        picture(i % 3, [0, i]).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": "what is it ?", "answer": f"it is {i % 3}"})
+    rows.append({"question": "what is 1 plus 2 ?", "answer": "3"})  # and one without
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    sources = ["--data", str(tmp_path / "train.jsonl"), "-o", str(tmp_path / "run"), "--cpu"]
+    few = settings(epochs=4, batch_size=3, max_length=24, decay="s2d", tau=0.3, refresh_every=2, lr=1e-2)
+    assert main(["train", "language", str(tmp_path / "llava"), *sources, *few]) == 0
+    losses = [float(row["train_loss"]) for row in history(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.5
+    before, after = load_file(tmp_path / "llava" / "model.safetensors"), weights(tmp_path / "run")
+    tower = next(name for name in before if "vision_tower" in name and name.endswith("layers.0.mlp.fc1.weight"))
+    assert before.keys() == after.keys() and not torch.equal(before[tower], after[tower])
+    assert (tmp_path / "run" / "model" / "processor_config.json").exists()
+    capsys.readouterr()
+    told = fails(["language", str(here / "model"), *sources[:2], "-o", str(tmp_path / "x"), "--cpu", *few], capsys)
+    assert "has pictures, and the model sees none" in told
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from s2d.command import condition, diagnose, evaluate, train
+from s2d.command import condition, diagnose, estimate, evaluate, train
 from s2d.console import exit_code, say
 from s2d.packages import need
 from s2d.ptq import command as quantize
@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], Callable[[], Parser], str]] = {
         partial(quantize_parser, "s2d quantize"),
         "quantize a network, and say what it cost",
     ),
+    "estimate": (estimate.main, estimate.parser, "what fine-tuning it will take: time, memory, hours"),
     "eval": (evaluate.main, evaluate.parser, "accuracy or perplexity, also of a quantized network"),
 }
 

@@ -14,19 +14,19 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 
 from s2d.lab.ablations import BASELINE, REFERENCES, reported_ablations
+from s2d.lab.encoder_evidence import seen_of_claims
 from s2d.lab.frontier import MEAN_METHOD, with_means
 from s2d.lab.origins import powers_of_ten
 from s2d.lab.paper import load_paper_table
 from s2d.lab.recipes import AS_PRINTED, EVIDENCE_VARIANTS
 from s2d.lab.staleness import PAPER_MODE
-from s2d.lab.statistics import VERDICTS, PairedInterval, excludes, paired_interval, verdict
+from s2d.lab.statistics import NO_LOSS, VERDICTS, PairedInterval, excludes, paired_interval, verdict
 
 PAPER, OURS, THEOREM = GROUPS = ("paper", "ours", "theorem")
 NOT_MEASURED = "not measured"
 OWN_WORDS = {"reproduced": "holds", "not reproduced": "does not hold"}
 """What the verdicts are called where there is nothing to reproduce."""
 METHOD = "ERQ"  # the quantizer of the paper's Tables 6, 10 and 11
-NO_LOSS = 1.0  # points of accuracy that "without loss" may cost
 PAPER_KURTOSIS = 100.0
 SAME_KURTOSIS = 0.1  # powers of ten: a factor between 0.8 and 1.26
 PAPER_COSINE = 0.99
@@ -50,8 +50,9 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     Args:
         tables: ``laptop/testbed``, ``origins_interventions``, ``origins_correlation``, ``bound``, ``ptq_conditioning``,
             ``frontier``, ``frontier_outliers``, ``ablation_layers``, ``ablations``, ``staleness``, ``language/tiny``,
-            ``language/smollm2`` and ``real/conditioning``, as the notebooks, :mod:`s2d.lab.testbed`,
-            :mod:`s2d.lab.language` and :mod:`s2d.lab.real_networks` write them.
+            ``language/smollm2``, ``encoder/evidence``, ``encoder/layers`` and ``real/conditioning``, as the notebooks,
+            :mod:`s2d.lab.testbed`, :mod:`s2d.lab.language`, :mod:`s2d.lab.encoder` and
+            :mod:`s2d.lab.real_networks` write them.
 
     Returns:
         Columns group (of ``GROUPS``), claim, source, reported (as printed), reported_size (in ``unit``, where the paper
@@ -59,7 +60,8 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         measured_std, unit, seeds (how many), which_seeds, verdict (of :data:`s2d.lab.statistics.VERDICTS`, in the words
         of ``OWN_WORDS`` outside the group "paper", or ``"not measured"``), excludes_size ("yes" or "no": whether the
         interval leaves out the reported size; empty where there is none), details, real_checkpoints (what was seen
-        of the same on published networks, in words: one seed each, no verdict; empty where nothing was).
+        of the same on published networks, in words: on the encoder over seeds with the interval's verdict, else one
+        seed each without one; empty where nothing was).
     """
     rows = [
         *growth_claims(tables["laptop/testbed"]),
@@ -76,9 +78,13 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         *theorem_claims(tables["bound"], tables["ptq_conditioning"]),
     ]
     table = pd.DataFrame(rows)
-    seen = on_real_checkpoints(tables["real/conditioning"], tables["language/smollm2"])
+    seen = [
+        seen_of_claims(tables["encoder/evidence"], tables["encoder/layers"]),
+        on_real_checkpoints(tables["real/conditioning"], tables["language/smollm2"]),
+    ]
     table["real_checkpoints"] = [
-        "; ".join(text for part, text in seen.items() if part in claim) for claim in table.claim
+        "; ".join(text for texts in seen for part, text in texts.items() if claim.startswith(part))
+        for claim in table.claim
     ]
     return table.sort_values("group", key=lambda g: g.map(GROUPS.index), kind="stable", ignore_index=True)
 

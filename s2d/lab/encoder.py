@@ -128,14 +128,14 @@ class Stage(NamedTuple):
 
 _FEW = (("RTN", "W6A6"), ("RTN", "W5A5"), ("RTN", "W4A4"), ("ERQ", "W4A4"))
 _ALL = (
-    *(("RTN", bits) for bits in ("W8A8", "W6A6", "W4A4")),
+    *(("RTN", bits) for bits in ("W6A6", "W4A4")),
     ("RTN, per token", "W4A4"),
     ("RepQ-ViT", "W4A4"),
     *(("ERQ", bits) for bits in ("W6A6", "W4A4")),
 )
 STAGES = {
     "tuning": Stage("validation", 2000, TUNING_SEEDS, _FEW),
-    "evidence": Stage("test", 4000, SEEDS, _ALL),
+    "evidence": Stage("test", 2000, SEEDS, _ALL),
     "ablations": Stage("test", 4000, ABLATION_SEEDS, _FEW),
 }
 

@@ -36,7 +36,8 @@ from s2d.lab.results import provenance, save_table
 from s2d.lab.store import obtain_checkpoints
 from s2d.lab.tiny_language_model import TinyQwen
 from s2d.lab.training import Optimizer, Recipe
-from s2d.lab.word_problems import Problem, WordProblems, problems
+from s2d.lab.word_problems import WordProblems, problems
+from s2d.models.problems import Problem
 from s2d.ptq import parse_bits, quantize_each
 
 RUN = "language"

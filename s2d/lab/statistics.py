@@ -10,6 +10,8 @@ import pandas as pd
 from scipy import stats
 
 VERDICTS = ("reproduced", "not reproduced", "equivalent", "undecided")
+NO_LOSS = 1.0
+"""Points of accuracy that "without loss" may cost."""
 DECIMALS = 9
 """Intervals are rounded to these: below lies the rounding of the numbers subtracted, 3.7e-17 for "the same"."""
 

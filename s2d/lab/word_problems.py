@@ -1,18 +1,17 @@
-"""Word problems that a tiny language model can solve: made from templates, in words, and in GSM8K's form."""
+"""Word problems that a tiny language model can solve, made from templates, in words."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from s2d.models.problems import Problem
 
 LARGEST = 20
 """Of the numbers in a question; answers go up to twice as far."""
@@ -34,17 +33,6 @@ SPLITS = ("train", "validation", "calibration", "test")
 SHARES = {"validation": 0.1, "calibration": 0.05, "test": 0.15}
 SPLIT_SEED = 20260214
 PADDING = "<pad>"
-
-
-class Problem:
-    """A question in words, and its answer."""
-
-    def __init__(self, question: str, answer: int) -> None:
-        self.question, self.answer = question, answer
-
-    def row(self) -> dict[str, str]:
-        """As GSM8K has it: the number behind ``####``."""
-        return {"question": self.question, "answer": f"#### {self.answer}"}
 
 
 @cache
@@ -105,49 +93,6 @@ def problems(kind: str, split: str, n: int, *, seed: Sequence[int]) -> list[Prob
         question = text.format(**words, **dict(zip("abc", numbers.tolist(), strict=False)))
         made.append(Problem(question, int((numbers * np.array(signs)).sum())))
     return made
-
-
-def read_problems(path: str | Path) -> list[Problem]:
-    """Problems from a file of JSON lines in GSM8K's form: ``question``, and ``answer`` that ends in ``#### number``.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        FileNotFoundError: for a missing file.
-        ValueError: for a line that is no such problem, by its number.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no problems at {path}: give a file of JSON lines with question and answer")
-    return list(_read(path))
-
-
-def _read(path: Path) -> Iterator[Problem]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            yield Problem(row["question"], final_number(row["answer"]))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} is no problem ({type(error).__name__}: {error})") from None
-
-
-def final_number(text: str) -> int:
-    """The answer of a text: the number behind ``####``, or the last one.
-
-    Raises:
-        ValueError: if there is none.
-
-    Example:
-        >>> final_number("7 - 2 = 5. #### 1,005"), final_number("So it is 12.")
-        (1005, 12)
-    """
-    found = re.findall(r"-?\d[\d,]*", text.rpartition("####")[2])
-    if not found:
-        raise ValueError(f"there is no number in {text!r}")
-    return int(found[-1].replace(",", ""))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from s2d.console import say
+from s2d.models.json_lines import read_json_lines
 from s2d.packages import need
 
 PROMPT = "USER: <image>\n{question}\nAnswer the question using a single word or phrase. ASSISTANT:"
@@ -41,31 +41,19 @@ def read_questions(path: str | Path) -> list[Question]:
 
     Paper: vision-language rows of the main text (second-hand).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no questions at {path}: give a file of JSON lines")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            answers = row["answers"] if "answers" in row else row["answer"]
-            answers = (answers,) if isinstance(answers, str) else tuple(answers)
-            question = Question(path.parent / row["image"], row["question"], answers)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is no question ({type(error).__name__}: {error}): each needs image, question "
-                "and answers"
-            ) from None
-        if not question.answers or not all(isinstance(answer, str) for answer in question.answers):
-            raise ValueError(f"{path}, line {number}: answers is {question.answers!r}: give at least one text")
+    folder = Path(path).parent
+
+    def parse(row: Any) -> Question:
+        answers = row["answers"] if "answers" in row else row["answer"]
+        answers = (answers,) if isinstance(answers, str) else tuple(answers)
+        if not answers or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"answers is {answers!r}: give at least one text")
+        question = Question(folder / row["image"], row["question"], answers)
         if not question.image.is_file():
-            raise FileNotFoundError(f"{path}, line {number}: no picture at {question.image}")
-        found.append(question)
-    if not found:
-        raise ValueError(f"{path} has no questions")
-    return found
+            raise FileNotFoundError(f"no picture at {question.image}")
+        return question
+
+    return read_json_lines(path, "question", "image, question and answers", parse)
 
 
 def normalised(text: str) -> str:
@@ -165,7 +153,7 @@ def answer(
         texts = [prompt.format(question=question.question) for question in here]
         images = [pictures.open(question.image).convert("RGB") for question in here]
         batch = processor(images=images, text=texts, padding=True, return_tensors="pt").to(device)
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
         new = output[:, batch["input_ids"].shape[1] :]
         found += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         say(f"{len(found)} of {len(questions)} questions answered")

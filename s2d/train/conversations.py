@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from s2d.packages import need
 
@@ -16,12 +16,20 @@ PLAIN = {"system": "{}\n", "user": "User: {}\n", "tool": "Tool: {}\n", "assistan
 """How a conversation is written for a tokenizer without a chat template."""
 
 
-def read_conversations(source: str, option: str) -> list[list[dict[str, str]]]:
-    """Conversations as lists of messages, each with ``role`` and ``content``.
+class Conversation(NamedTuple):
+    """Messages, each with ``role`` and ``content``, and the picture they are about: a file, a PIL image, or None."""
+
+    messages: list[dict[str, str]]
+    image: Any = None
+
+
+def read_conversations(source: str, option: str) -> list[Conversation]:
+    """Conversations from a file or a table.
 
     Args:
         source: a file of JSON lines, or ``hfds/`` and a name of the hub or a folder, with ``:SPLIT`` behind it
-            (default: train). A row has ``messages`` (as Dolci), or ``question`` and ``answer`` (as GSM8K).
+            (default: train). A row has ``messages`` (as Dolci), or ``question`` and ``answer`` (as GSM8K), and may
+            have an ``image``: a path, relative to the file, or a column of pictures.
         option: the argument it comes from, for messages.
 
     Raises:
@@ -33,13 +41,14 @@ def read_conversations(source: str, option: str) -> list[list[dict[str, str]]]:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "train.jsonl")
         ...     _ = file.write_text('{"question": "2 + 3?", "answer": "#### 5"}')
-        ...     [message["role"] for message in read_conversations(str(file), "--data")[0]]
+        ...     [message["role"] for message in read_conversations(str(file), "--data")[0].messages]
         ['user', 'assistant']
 
     Paper: appendix F (Dolci, GSM8K).
     """
     rows = _hugging_face(source, option) if source.startswith(HFDS) else _json_lines(source, option)
-    found = [_messages(row, f"{option} {source}, row {number}") for number, row in enumerate(rows, start=1)]
+    base = None if source.startswith(HFDS) else Path(source).parent
+    found = [_conversation(row, base, f"{option} {source}, row {number}") for number, row in enumerate(rows, start=1)]
     if not found:
         raise ValueError(f"{option} {source} holds no conversations: give data that does")
     return found
@@ -71,6 +80,16 @@ def _hugging_face(source: str, option: str) -> Iterable[Any]:
         ) from None
 
 
+def _conversation(row: Any, base: Path | None, where: str) -> Conversation:
+    messages = _messages(row, where)
+    image = row.get("image")
+    if isinstance(image, str):
+        image = Path(image) if base is None else base / image
+        if not image.is_file():
+            raise ValueError(f"{where}: there is no picture {image}")
+    return Conversation(messages, image)
+
+
 def _messages(row: Any, where: str) -> list[dict[str, str]]:
     row = row if isinstance(row, Mapping) else {}
     found = row.get("messages")
@@ -86,15 +105,19 @@ def _messages(row: Any, where: str) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in found]
 
 
-def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], max_length: int) -> dict[str, list[int]]:
+def encode(
+    tokenizer: Any, conversation: Conversation, max_length: int, *, image_token: str = "<image>", image_size: int = 0
+) -> dict[str, list[int]]:
     """The tokens of a conversation, cut to ``max_length``; labels are the answers', all else is left out of the loss.
 
     Each answer follows what the chat template puts before it when it generates; the end of a turn is part of it.
 
     Args:
-        tokenizer: of transformers.
-        messages: from :func:`read_conversations`.
+        tokenizer: of transformers, or a processor with its chat template.
+        conversation: from :func:`read_conversations`.
         max_length: in tokens.
+        image_token: what stands for the picture in a text.
+        image_size: how many of these tokens the picture becomes.
 
     Returns:
         ``input_ids`` and ``labels``, of one length.
@@ -104,20 +127,28 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], max_length: in
 
     Paper: none.
     """
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    messages, picture = conversation.messages, conversation.image is not None
     ids: list[int] = []
     labels: list[int] = []
 
     def add(text: str, answer: bool) -> None:
-        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = text.replace(image_token, image_token * image_size) if picture else text
+        new = words(text, add_special_tokens=False)["input_ids"]
         ids.extend(new)
         labels.extend(new if answer else [IGNORED] * len(new))
+
+    def write(some: Sequence[Mapping[str, str]], ask: bool) -> str:
+        if tokenizer.chat_template:
+            shown = _with_picture(some) if picture else list(some)
+            return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask)
+        return (f"{image_token}\n" if picture else "") + _plain(some, words.eos_token or "", ask)
 
     written = ""
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _written(tokenizer, messages[:position], True)
-        whole = _written(tokenizer, messages[: position + 1], False)
+        prompt, whole = write(messages[:position], True), write(messages[: position + 1], False)
         if not prompt.startswith(written) or not whole.startswith(prompt):
             raise ValueError(
                 "the tokenizer's chat template rewrites earlier turns, so that answers cannot be told from the rest: "
@@ -129,13 +160,18 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], max_length: in
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
-def _written(tokenizer: Any, messages: Sequence[Mapping[str, str]], ask: bool) -> str:
-    """A conversation as a text, ready for an answer if ``ask``."""
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+def _with_picture(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Messages as the templates of vision-language models take them, the picture before the first."""
+    found = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    found[0]["content"].insert(0, {"type": "image"})
+    return found
+
+
+def _plain(messages: Sequence[Mapping[str, str]], end: str, ask: bool) -> str:
+    """Turns without a template, ready for an answer if ``ask``."""
     text = ""
     for message in messages:
         text += PLAIN[message["role"]].format(message["content"])
         if message["role"] == "assistant":
-            text += f" {message['content']}{tokenizer.eos_token or ''}\n"
+            text += f" {message['content']}{end}\n"
     return text + PLAIN["assistant"] if ask else text.removesuffix("\n")

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from s2d.models.loading import load_model, model_source
 from s2d.models.saving import save_checkpoint
 from s2d.models.subject import Subject
 from s2d.packages import need
-from s2d.train.conversations import IGNORED, encode, read_conversations
+from s2d.ptq.command.images import read_image
+from s2d.train.conversations import IGNORED, Conversation, encode, read_conversations
 from s2d.train.folder import KEPT, RunFolder, versions
 from s2d.train.order import EpochOrder
 from s2d.train.processes import check_precision, share_of, start
@@ -93,10 +94,9 @@ def train_language(
     transformers.set_seed(settings.seed)
     subject = load_model(args, source)
     subject.model.float()  # what is loaded in half precision would swallow the steps
-    tokenizer = subject.tokenizer()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    train_set = _encoded(tokenizer, rows, settings.max_length, "--data")
-    val_set = _encoded(tokenizer, val_rows, settings.max_length, "--val") if val else None
+    texts = _Texts(transformers, subject, settings.max_length)
+    train_set = texts.encoded(rows, "--data")
+    val_set = texts.encoded(val_rows, "--val") if val else None
     steps_per_epoch = _check_count(len(train_set), data, settings)
     if processes.is_main_process:
         folder.begin(described)
@@ -113,7 +113,7 @@ def train_language(
         args=_arguments(transformers, settings, folder, micro, accumulation, steps_per_epoch, cpu, bool(val)),
         train_dataset=train_set,
         eval_dataset=val_set,
-        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        data_collator=texts.batch,
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -141,14 +141,56 @@ def _trainer_class(transformers: Any, settings: LanguageSettings) -> type:
     return Ordered
 
 
-def _encoded(tokenizer: Any, rows: Sequence[Any], max_length: int, option: str) -> list[dict[str, list[int]]]:
-    found = [encode(tokenizer, messages, max_length) for messages in rows]
-    kept = [row for row in found if any(label != IGNORED for label in row["labels"])]
-    if not kept:
-        raise ValueError(f"{option}: no conversation has an answer within max_length {max_length}: give more")
-    if len(kept) < len(found):
-        say(f"note: {option}: {len(found) - len(kept)} conversations have no answer within max_length {max_length}")
-    return kept
+class _Texts:
+    """Conversations as what a model takes, with pictures where it sees."""
+
+    def __init__(self, transformers: Any, subject: Subject, max_length: int) -> None:
+        self.max_length, self.tokenizer = max_length, subject.tokenizer()
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.pad = transformers.DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
+        self.processor = None
+        if hasattr(subject.model.config, "vision_config"):
+            self.processor = transformers.AutoProcessor.from_pretrained(subject.folder, local_files_only=True)
+
+    def encoded(self, rows: Sequence[Conversation], option: str) -> list[dict[str, Any]]:
+        """Those with an answer, and a whole picture, within ``max_length``."""
+        if self.processor is None and any(row.image is not None for row in rows):
+            raise ValueError(f"{option} has pictures, and the model sees none: give a vision-language model")
+        found = [self.encoded_one(row) for row in rows]
+        kept = [row for row in found if row is not None]
+        if not kept:
+            raise ValueError(f"{option}: no conversation has an answer within max_length {self.max_length}: give more")
+        if len(kept) < len(found):
+            left = len(found) - len(kept)
+            say(f"note: {option}: {left} conversations have no answer within max_length {self.max_length}: left out")
+        return kept
+
+    def encoded_one(self, row: Conversation) -> dict[str, Any] | None:
+        if row.image is None:
+            found = encode(self.tokenizer, row, self.max_length)
+            whole_picture = True
+        else:
+            token = self.processor.image_token
+            number = self.tokenizer.convert_tokens_to_ids(token)
+            shown = self.processor(images=[_picture(row.image)], text=[token])["input_ids"][0]
+            size = list(shown).count(number)
+            writer = self.processor if self.processor.chat_template else self.tokenizer
+            found = encode(writer, row, self.max_length, image_token=token, image_size=size)
+            whole_picture = found["input_ids"].count(number) == size
+        answered = any(label != IGNORED for label in found["labels"])
+        return found | {"image": row.image} if answered and whole_picture else None
+
+    def batch(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """What the model is called with: tokens filled up on the right, and pixels of the pictures."""
+        found = self.pad([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+        pictures = [_picture(row["image"]) for row in rows if row["image"] is not None]
+        if pictures:
+            found["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return found
+
+
+def _picture(image: Any) -> Any:
+    return read_image(image, "RGB") if isinstance(image, Path) else image.convert("RGB")
 
 
 def _arguments(

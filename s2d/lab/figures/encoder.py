@@ -3,65 +3,13 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from s2d.lab.encoder_evidence import LOWEST, SHOWN, against_adamw, by_quantizer, changed, written
 from s2d.lab.figures.frontier import arms_on_test
 from s2d.lab.figures.registry import published
 from s2d.lab.figures.style import forest_panels, legend_below, listed, mean_line
-from s2d.lab.frontier import comparisons
-from s2d.lab.statistics import paired_interval, points_lost
-
-LOWEST = "W4A4"
-SHOWN = [("RTN", LOWEST), ("ERQ", LOWEST)]
-"""The weakest and the strongest quantizer."""
-
-
-def by_quantizer(evidence: pd.DataFrame) -> pd.DataFrame:
-    """The table of the evidence in the columns of :func:`s2d.lab.frontier.compare`, every network once.
-
-    Args:
-        evidence: ``data/encoder/evidence.csv``; an arm whose search chose the setting of an earlier arm is the same
-            networks and is left out.
-    """
-    first = evidence.groupby("key").variant.transform("first")
-    table = evidence[evidence.variant == first].dropna(subset="accuracy").reset_index(drop=True)
-    return table.assign(points_lost=points_lost(table, ["variant", "seed"]))
-
-
-def against_adamw(evidence: pd.DataFrame) -> pd.DataFrame:
-    """Every other arm minus AdamW, within seeds, in accuracy and in points lost.
-
-    Args:
-        evidence: see :func:`by_quantizer`.
-    """
-    return comparisons(by_quantizer(evidence), ["AdamW"])
-
-
-def error_ratios(evidence: pd.DataFrame) -> pd.DataFrame:
-    """Every arm's logit error over AdamW's, within seeds: below 1 its logits keep nearer to its own full precision.
-
-    Args:
-        evidence: see :func:`by_quantizer`.
-
-    Returns:
-        Columns variant, method, bits, ratio (geometric mean over seeds), low, high (95 % interval), seeds.
-    """
-    low = by_quantizer(evidence).query("method != 'FP'")
-    wide = np.log(low.pivot(index=["method", "bits", "seed"], columns="variant", values="logit_error"))
-    rows = []
-    for variant in [name for name in dict.fromkeys(low.variant) if name != "AdamW"]:
-        for method, bits in dict.fromkeys(zip(low.method, low.bits, strict=True)):
-            own = wide.loc[method, bits]
-            interval = paired_interval((own[variant] - own["AdamW"]).dropna().tolist())
-            row = {"variant": variant, "method": method, "bits": bits}
-            row |= {name: float(np.exp(getattr(interval, at))) for name, at in _ENDS.items()}
-            rows.append(row | {"seeds": interval.n})
-    return pd.DataFrame(rows)
-
-
-_ENDS = {"ratio": "mean", "low": "low", "high": "high"}
 
 
 def _best(evidence: pd.DataFrame) -> str:
@@ -107,36 +55,9 @@ def encoder_differences(evidence: pd.DataFrame) -> Figure:
         own = own[own.measure == "accuracy"]
         parts.append(f"{int((own.low > 0).sum())} more accurate under {method}, {int((own.high < 0).sum())} less")
     title = f"Of {differences['first'].nunique()} arms, against AdamW at {LOWEST}: {'; '.join(parts)}"
-    return forest_panels(differences, rows="first", panels=[("FP", "FP"), *SHOWN], claim="better than AdamW", title=title)
-
-
-def written(layers: pd.DataFrame) -> pd.DataFrame:
-    """The FFNs' second layers, which write the residual stream, with the number of their block.
-
-    Args:
-        layers: ``data/encoder/layers.csv``.
-    """
-    own = layers[layers.layer.str.contains(r"\d+\.output\.dense")]
-    own = own[own.variant == own.groupby("key").variant.transform("first")]
-    return own.assign(block=own.layer.str.extract(r"layer\.(\d+)\.", expand=False).astype(int))
-
-
-def changed(layers: pd.DataFrame) -> pd.DataFrame:
-    """Each arm over AdamW: largest output of a layer that writes the stream, and what the grids of inputs span.
-
-    Args:
-        layers: ``data/encoder/layers.csv``.
-
-    Returns:
-        Indexed by variant: max_abs and sigma_1 (mean over seeds of the largest of all blocks, over AdamW's),
-        input_ratio (geometric mean over all FFN layers and seeds, over AdamW's).
-    """
-    own = written(layers)
-    largest = own.groupby(["variant", "seed"], sort=False)[["max_abs", "sigma_1"]].max().groupby("variant").mean()
-    same = layers[layers.variant.isin(own.variant.unique())]
-    span = np.exp(np.log(same.input_ratio).groupby(same.variant).mean()).rename("input_ratio")
-    table = largest.join(span).loc[list(dict.fromkeys(own.variant))]
-    return table / table.loc["AdamW"]
+    return forest_panels(
+        differences, rows="first", panels=[("FP", "FP"), *SHOWN], claim="better than AdamW", title=title
+    )
 
 
 def _falls(layers: pd.DataFrame) -> str:

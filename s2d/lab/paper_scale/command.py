@@ -130,7 +130,7 @@ def _answer(args: argparse.Namespace) -> None:
         device=str(device),
         seed=args.seed,
     )
-    print(f"{result['right']} of {result['items']} right: {result['accuracy']:.2%}")
+    print(f"{result['accuracy']:.2%} of {result['items']} problems solved")
     write_text(args.json, json.dumps(result, indent=1) + "\n")
 
 
