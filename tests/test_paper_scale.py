@@ -16,7 +16,7 @@ import yaml
 
 from s2d.command import diagnose, evaluate
 from s2d.command import train as train_command_line
-from s2d.lab.paper_scale import answers, hours, one_gpu, requirements
+from s2d.lab.paper_scale import answers, hours, own_gpus, requirements
 from s2d.lab.paper_scale.command import main
 from s2d.lab.paper_scale.command import parser as own_parser
 from s2d.lab.paper_scale.configuration import read_configuration
@@ -38,7 +38,7 @@ from s2d.lab.paper_scale.merge import compare, merged, read_cells, value_of
 from s2d.lab.paper_scale.split import put_aside
 from s2d.lab.paper_scale.tiny import make_tiny
 from s2d.ptq.command.arguments import quantize_parser
-from s2d.train.settings import LanguageSettings, VisionSettings, read_settings
+from s2d.train.settings import LanguageSettings, VisionSettings, read_settings, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = [table for table in TABLES if table != "sweep"]
@@ -90,16 +90,20 @@ def test_an_arm_differs_from_the_default_in_what_its_row_says_and_in_nothing_els
     assert {"refresh_every": 100, "k_max": 3, "tau": 0.95, "power": 2}.items() <= default.items()
 
 
-def test_the_augmentation_goes_through_an_epoch():
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.startswith("vision")])
+def test_the_augmentation_of_a_recipe_goes_through_an_epoch(recipe):
     """A strength that is drawn reaches 10, at which timm's posterize keeps no bits, which Pillow refuses."""
+    import random
+
     from PIL import Image
     from timm.data.auto_augment import rand_augment_transform
 
-    for name in ("SigLIP2-B/16-384", "DINOv3-B"):
-        augment = rand_augment_transform(configuration()["networks"][name]["set"]["auto_augment"], {})
-        image = Image.new("RGB", (8, 8), (90, 120, 30))
+    random.seed(0)
+    image = Image.new("RGB", (8, 8), (90, 120, 30))
+    for operation in rand_augment_transform(read_settings(VisionSettings, recipe).auto_augment, {}).ops:
+        operation.prob = 1.0
         for _ in range(300):
-            augment(image)
+            operation(image)
 
 
 def test_tables_share_their_trainings_and_seeds_do_not():
@@ -236,22 +240,34 @@ def test_images_put_aside_are_a_part_of_every_class_and_none_is_in_both(tmp_path
     assert not (tmp_path / "new").exists()
 
 
-def test_commands_on_one_machine_get_a_gpu_each_and_give_it_back(tmp_path):
+def test_commands_on_one_machine_get_gpus_of_their_own_and_give_them_back(tmp_path):
     code = "import os, sys; sys.stdin.read(); print(os.environ['CUDA_VISIBLE_DEVICES'])"
-    command = [sys.executable, one_gpu.__file__, sys.executable, "-c", code]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "3,5", "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "3,5,7", "TMPDIR": str(tmp_path)}
 
-    def begin() -> subprocess.Popen:
+    def begin(count: int) -> subprocess.Popen:
+        command = [sys.executable, own_gpus.__file__, str(count), sys.executable, "-c", code]
         return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    first, second = begin(), begin()
-    while len(list(tmp_path.glob("s2d-gpu-*.lock"))) < 2:
-        assert first.poll() is None and second.poll() is None
-    third = begin()  # waits until one ends, however it ends
+    first = begin(1)
+    while not (tmp_path / "s2d-gpu-3.lock").exists():
+        assert first.poll() is None
+    second, third = begin(1), begin(2)  # one of them waits until another ends, however it ends
     first.kill()
-    taken = {process.communicate("")[0].strip() for process in (second, third)}
     first.communicate()
-    assert len(taken) == 2 and taken == {"3", "5"}
+    one = second.communicate("")[0].strip()
+    assert one in ("3", "5", "7")
+    two = third.communicate("")[0].strip().split(",")
+    assert len(set(two)) == 2 and set(two) <= {"3", "5", "7"}
+    many = begin(4)
+    many.communicate("")
+    assert many.returncode == 1
+
+
+def test_a_network_may_train_on_several_gpus():
+    config = configuration() | {"tables": [9], "seeds": [0]}
+    config["networks"]["Qwen2.5-0.5B"]["gpu"] = 8
+    words = train_command(trainings(config)[0], config)
+    assert words[:7] == ["torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m", "s2d", "train"]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

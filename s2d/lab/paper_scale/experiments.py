@@ -350,7 +350,7 @@ def train_command(training: Training, config: Mapping[str, Any]) -> list[str]:
     Example:
         >>> network = {"kind": "vision", "model": "vit", "recipe": "r", "arguments": ["--pretrained"]}
         >>> config = {"networks": {"DINOv3-B": network}, "data": {"imagenet": "in"}, "device": "cuda"}
-        >>> config |= {"seeds": [0], "tables": [8]}
+        >>> config |= {"seeds": [0], "tables": [8], "gpu": 1}
         >>> " ".join(train_command(trainings(config)[0], config))
         's2d train vision vit --pretrained --data in/train --recipe r --set decay=none seed=0'
     """
@@ -361,7 +361,10 @@ def train_command(training: Training, config: Mapping[str, Any]) -> list[str]:
         model = trained_model(training.start, config)
     data = str(config["data"][training.data])
     settings = {**config.get("set", {}), **network.get("set", {}), **dict(training.settings), "seed": training.seed}
+    count = gpus(training, config)
+    spread = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"] if count > 1 else []
     return [
+        *spread,
         *("s2d", "train", network["kind"], *model),
         *("--data", f"{data}/train" if network["kind"] == "vision" else data),
         *("--recipe", str(network["recipe"])),
@@ -372,6 +375,11 @@ def train_command(training: Training, config: Mapping[str, Any]) -> list[str]:
 
 def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def gpus(training: Training, config: Mapping[str, Any]) -> int:
+    """How many a training takes: ``gpu`` of its network, by default what every job takes."""
+    return int(config["networks"][training.network].get("gpu", config["gpu"]))
 
 
 def run_folder(training: Training, config: Mapping[str, Any]) -> str:
