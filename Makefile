@@ -60,7 +60,7 @@ PAPER = $(PY) -m s2d.lab.paper_scale
 BATCH = $(PY) -m snakemake --snakefile paper/Snakefile --workflow-profile profiles/$(PROFILE)
 
 paper: $(VENV)/installed ## the paper's own tables, a job a GPU (IMAGENET=, PROFILE=slurm, TABLES="6 11", SEEDS="0 1")
-	$(BATCH) $(RESOURCES) --config $(if $(SEEDS),'seeds=$(SEEDS)') $(if $(TABLES),'tables=$(TABLES)') $(DATA) $(CONFIG)
+	$(BATCH) $(OPTIONS) --config $(if $(SEEDS),'seeds=$(SEEDS)') $(if $(TABLES),'tables=$(TABLES)') $(DATA) $(CONFIG)
 	$(PAPER) show
 
 notebooks-on-gpu: $(VENV)/installed

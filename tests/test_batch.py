@@ -72,8 +72,8 @@ def test_bad_settings_are_refused(tmp_path, config, message):
 
 
 def test_the_scale_paper_says_all_that_it_lacks_before_any_work(tmp_path):
-    for name in ("notebooks", "s2d", "data/paper", "data/real", "data/encoder", "data/language", "paper"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("notebooks", "s2d", "data", "paper"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "checkpoints"))
     shutil.copy(ROOT / "Snakefile", tmp_path)
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "scale=paper"]

@@ -104,6 +104,8 @@ def test_the_miniature_measures_what_its_jobs_did(tables):
     folder = tables["6"].parents[2]
     erq = pd.concat(pd.read_csv(tables[table]) for table in ("6", "11"))
     assert erq["value"].nunique() > 2 and erq["value"].max() > 30  # of four classes
+    language = pd.read_csv(tables["9"])
+    assert 0 < language["value"].max() < 100
     runs = folder / "build" / "paper_tiny" / "runs" / "siglip2-b-16-384"
     settings = json.loads((runs / "s2d-power-3" / "seed0" / "settings.json").read_text())["settings"]
     assert (settings["decay"], settings["power"], settings["criterion"]) == ("s2d", 3, "activation")

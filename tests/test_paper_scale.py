@@ -468,3 +468,15 @@ def test_make_paper_hands_on_where_data_is_and_which_tables(tmp_path):
     (line,) = (line for line in done.stdout.splitlines() if "snakemake" in line)
     assert "--workflow-profile profiles/slurm" in line
     assert line.rstrip().endswith("--config 'seeds=0 1' 'tables=6 11' IMAGENET=/data/in")
+
+
+def test_make_figures_at_the_scale_paper_checks_first_makes_the_tables_and_then_the_notebooks():
+    words = ["make", "-n", "figures", "SCALE=paper", "GSM8K=/data/gsm8k"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    steps = [
+        line for line in done.stdout.splitlines() if re.search("paper_scale check|--snakefile paper|scale=paper", line)
+    ]
+    check, batch, *notebooks = steps
+    assert "check --gpu" in check and "GSM8K=/data/gsm8k" in check
+    assert "--workflow-profile profiles/local" in batch and "GSM8K=/data/gsm8k" in batch
+    assert notebooks and all("--cores" in line for line in notebooks)

@@ -9,6 +9,7 @@ tokenizer of its own. Nothing that is measured on them means anything.
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from s2d.files import write_folder_atomically
 from s2d.lab.word_problems import problems
+from s2d.models.problems import Problem
 from s2d.packages import need
 
 TINTS = dict(zip(("checks", "columns", "rows", "slope"), np.vstack([np.eye(3), np.ones((1, 3))]), strict=True))
@@ -25,6 +27,7 @@ IMAGES = {"train": 16, "val": 8}
 """Of each class."""
 PROBLEMS = {"train": 24, "test": 6}
 CONVERSATIONS = 24
+USUAL = 7
 SPECIAL = ("<pad>", "<unk>", "<end>")
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} <end> {% endfor %}"
@@ -72,15 +75,23 @@ def _images(folder: Path) -> None:
                 pillow.fromarray(_pattern(name, random)).save(folder / split / name / f"{number}.png")
 
 
+def _drawn(split: str, count: int, seed: int) -> list[Problem]:
+    """Problems half of which have one answer, so that a few steps teach something."""
+    pool = problems("one step", split, 600, seed=[seed])
+    usual = [problem for problem in pool if problem.answer == USUAL]
+    others = [problem for problem in pool if problem.answer != USUAL]
+    return list(chain(*zip(usual, others, strict=False)))[:count]
+
+
 def _problems(folder: Path) -> None:
     folder.mkdir()
     for split, count in PROBLEMS.items():
-        rows = [problem.row() for problem in problems("one step", split, count, seed=[0])]
+        rows = [problem.row() for problem in _drawn(split, count, 0)]
         (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 def _conversations(file: Path) -> list[str]:
-    made = problems("one step", "train", CONVERSATIONS, seed=[1])
+    made = _drawn("train", CONVERSATIONS, 1)
     rows = [
         {
             "messages": [
@@ -91,7 +102,7 @@ def _conversations(file: Path) -> list[str]:
         for problem in made
     ]
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    every = [p.question for split in PROBLEMS for p in problems("one step", split, PROBLEMS[split], seed=[0])]
+    every = [p.question for split in PROBLEMS for p in _drawn(split, PROBLEMS[split], 0)]
     return [*every, *(problem.question for problem in made), "user : assistant : <end>", *map(str, range(41))]
 
 
