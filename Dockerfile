@@ -2,7 +2,7 @@
 # For one GPU: docker build --build-arg TORCH_BACKEND=cu128 -t s2d . && docker run --rm --gpus all ...
 FROM python:3.11-slim-bookworm
 ARG TORCH_BACKEND=cpu
-RUN apt-get update && apt-get install -y --no-install-recommends git make && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends git make rsync && rm -rf /var/lib/apt/lists/*
 WORKDIR /s2d
 # Packages first: a change of the sources does not install them again.
 COPY pyproject.toml constraints.txt README.md LICENSE Makefile ./

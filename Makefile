@@ -20,12 +20,13 @@ export S2D_WORKERS ?= $(CORES)
 TEST_OUTPUT := $(CURDIR)/build/test
 SOURCES := $(shell find s2d -name '*.py') $(wildcard data/paper/*.csv) $(wildcard data/laptop/checkpoints/*.safetensors)
 
-.PHONY: help figures test coverage test-kernels notebooks book refresh replay fetch bench lint format setup clean
+.PHONY: help figures paper notebooks-on-gpu test coverage test-kernels notebooks book refresh replay fetch bench lint format setup clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
-	@echo "variables:  SCALE=smoke|laptop|gpu (paper is refused with what it lacks)   FROM=store|scratch   CORES=$(CORES)"
+	@echo "variables:  SCALE=smoke|laptop|gpu|paper   FROM=store|scratch   CORES=$(CORES)"
+	@echo "            IMAGENET= GSM8K= DOLCI= and PROFILE=local|slurm|kubernetes|cluster-generic of SCALE=paper (REPRODUCING.md)"
 	@echo "            TORCH_BACKEND=cpu|cu128|... in the set-up (another torch than the registry's, which brings CUDA)"
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_BACKEND),$(PY) -m pip install --quiet --disable-pip-version-check uv)
-	$(INSTALL) -c constraints.txt -e '.[lab,dev,integrations,int8,models,train,book]'
+	$(INSTALL) -c constraints.txt -e '.[lab,dev,integrations,int8,models,train,book,cluster]'
 	@touch $@
 
 setup: $(VENV)/installed ## install everything into .venv (the other targets do it themselves)
@@ -47,10 +48,23 @@ setup: $(VENV)/installed ## install everything into .venv (the other targets do 
 # --- the main job -----------------------------------------------------------------------------------------------------
 SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --config scale=$(SCALE) from=$(FROM) --rerun-incomplete --quiet rules
 
-figures: $(VENV)/installed ## run the notebooks as a batch and draw every figure (SCALE=, FROM=scratch retrains)
+figures: $(VENV)/installed $(if $(filter paper,$(SCALE)),notebooks-on-gpu paper) ## run the notebooks as a batch and draw every figure (SCALE=, FROM=scratch retrains)
 	@# A killed run leaves its lock behind; only this Makefile starts Snakemake here, so the lock is not another run's.
 	@$(SNAKEMAKE) --unlock >/dev/null 2>&1 || true
 	$(SNAKEMAKE)
+
+# The paper's tables with the paper's networks: where its data is, and which of it to make.
+PROFILE ?= local
+DATA = $(foreach name,IMAGENET IMAGENET_SPLIT GSM8K DOLCI,$(if $($(name)),$(name)=$($(name))))
+PAPER = $(PY) -m s2d.lab.paper_scale
+BATCH = $(PY) -m snakemake --snakefile paper/Snakefile --workflow-profile profiles/$(PROFILE)
+
+paper: $(VENV)/installed ## the paper's own tables, a job a GPU (IMAGENET=, PROFILE=slurm, TABLES="6 11", SEEDS="0 1")
+	$(BATCH) $(OPTIONS) --config $(if $(SEEDS),'seeds=$(SEEDS)') $(if $(TABLES),'tables=$(TABLES)') $(DATA) $(CONFIG)
+	$(PAPER) show
+
+notebooks-on-gpu: $(VENV)/installed
+	$(PAPER) check --gpu --config paper/paper.yaml $(DATA)
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 test: $(VENV)/installed ## unit tests and doctests, then nbval on every notebook that changed since it last passed

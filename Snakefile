@@ -3,10 +3,12 @@
 #
 #   snakemake --cores 2 --config scale=laptop from=store        (what `make figures` calls)
 #
-# scale: which notebooks/params/<scale>/ apply; laptop is the notebooks' own defaults, measured where a reader reads.
+# scale: which notebooks/params/<scale>/ apply; laptop is the notebooks' own defaults, measured where a reader reads. At
+#        the scale paper the notebooks run as on one accelerator, beside the tables that paper/Snakefile makes.
 # from:  "store" uses trained checkpoints where they are stored, "scratch" trains everything anew in a store of its own.
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,18 +24,19 @@ if SCALE not in SCALES:
 if FROM not in ("store", "scratch"):
     raise WorkflowError(f"FROM={FROM}: choose store (use trained checkpoints) or scratch (train everything anew)")
 
+RUN = {"paper": "paper_scale"}.get(SCALE, SCALE)  # data/paper holds what the paper reports, and nothing measured
 STORE = "" if FROM == "store" else str(Path("build/store-scratch").resolve())
 NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
 FIGURES = source.published_figures()
 
 
 def executed(name):
-    return f"build/{SCALE}/{name}.ipynb"
+    return f"build/{RUN}/{name}.ipynb"
 
 
 def tables(names):
     """Their files; a name with a run in it (laptop/tuning) is the same at every scale."""
-    return [f"data/{name}.csv" if "/" in name else f"data/{SCALE}/{name}.csv" for name in names]
+    return [f"data/{name}.csv" if "/" in name else f"data/{RUN}/{name}.csv" for name in names]
 
 
 def draws(code):
@@ -65,8 +68,16 @@ def outputs(name):
     missing.
     """
     code = source.notebook_code(f"notebooks/{name}.ipynb")
-    figures = [f"figures/{SCALE}/{figure}.{kind}" for figure in FIGURES for kind in ("svg", "png")]
+    figures = [f"figures/{RUN}/{figure}.{kind}" for figure in FIGURES for kind in ("svg", "png")]
     return [update(file) for file in tables(source.saved_tables(code)) + (figures if draws(code) else [])]
+
+
+onstart:
+    if SCALE == "paper":
+        command = [sys.executable, "-m", "s2d.lab.paper_scale", "check", "--gpu", "--made"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise WorkflowError(done.stderr.strip().removeprefix("error: "))
 
 
 rule all:

@@ -40,8 +40,10 @@ def plan(tmp_path: Path, *config: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
-def test_every_notebook_is_run_once_with_the_parameters_of_its_scale(tmp_path, scale):
+@pytest.mark.parametrize(
+    ("scale", "run"), [("smoke", "smoke"), ("laptop", "laptop"), ("gpu", "gpu"), ("paper", "paper_scale")]
+)
+def test_every_notebook_is_run_once_with_the_parameters_of_its_scale(tmp_path, scale, run):
     done = plan(tmp_path, f"scale={scale}", "from=store")
     assert done.returncode == 0, done.stderr
     text = done.stdout + done.stderr
@@ -49,7 +51,7 @@ def test_every_notebook_is_run_once_with_the_parameters_of_its_scale(tmp_path, s
     runs = re.findall(r"s2d\.lab\.notebook run notebooks/(\w+)\.ipynb (\S+) --params (\S+)", text)
     assert sorted(name for name, _, _ in runs) == NOTEBOOKS
     for name, output, params in runs:
-        assert output == f"build/{scale}/{name}.ipynb"
+        assert output == f"build/{run}/{name}.ipynb"
         assert params == f"notebooks/params/{scale}/{name}.yaml"
 
 
@@ -61,12 +63,33 @@ def test_scratch_uses_a_store_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [("scale=paper", "SCALE=paper has no parameters"), ("from=nothing", "FROM=nothing: choose store")],
+    [("scale=papre", "SCALE=papre has no parameters"), ("from=nothing", "FROM=nothing: choose store")],
 )
 def test_bad_settings_are_refused(tmp_path, config, message):
     done = plan(tmp_path, config)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+def test_the_scale_paper_says_all_that_it_lacks_before_any_work(tmp_path):
+    for name in ("notebooks", "s2d", "data", "paper"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "checkpoints"))
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "scale=paper"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    lacks = (
+        "a GPU",
+        "table06_pcdr_selection.csv",
+        "IMAGENET=",
+        "GSM8K=",
+        "DOLCI=",
+        "weights of SigLIP2",
+        "weights of DINOv3",
+    )
+    assert [text for text in lacks if text not in done.stderr] == []
+    assert not (tmp_path / "build").exists()
 
 
 @pytest.fixture(scope="module")

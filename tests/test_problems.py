@@ -121,3 +121,15 @@ def test_numbers_and_files_are_read_or_refused(tmp_path: Path) -> None:
             read_problems(path)
     with pytest.raises(FileNotFoundError, match="no problems at"):
         read_problems(tmp_path / "missing.jsonl")
+
+
+def test_an_answer_ends_where_a_turn_ends_in_the_chat_template(folder):
+    """A base model's tokenizer ends a document; what the model was fine-tuned on ends a turn."""
+    model, tokenizer = loaded()
+    template = "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}END {% endif %}{% endfor %}"
+    tokenizer.chat_template = template.replace("END", "</s>")
+    (whole,) = solve(model, tokenizer, asked(1), max_new_tokens=6)
+    words = whole.split()
+    last = next(i for i, word in enumerate(words) if i > 0 and word not in words[:i])
+    tokenizer.chat_template = template.replace("END", words[last])
+    assert solve(model, tokenizer, asked(1), max_new_tokens=6) == [" ".join(words[: last + 1])]

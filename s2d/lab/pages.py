@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 import pandas as pd
 
 from s2d.files import write_text
+from s2d.lab.paper_scale import hours
+from s2d.lab.paper_scale.configuration import read_configuration
+from s2d.lab.paper_scale.experiments import TABLES
 from s2d.lab.paths import repository_root
 from s2d.lab.results import load_table
 
-PAGES = ("README.md", "RESULTS.md", "docs/real_networks.md")
+PAGES = ("README.md", "RESULTS.md", "REPRODUCING.md", "docs/real_networks.md")
 RUN = "laptop"
 BLOCK = re.compile(r"<!-- computed: (?P<name>[a-z0-9 ,_-]+) -->\n(?P<text>.*?)<!-- end -->", re.DOTALL)
 
@@ -209,6 +212,17 @@ def inputs() -> str:
     )
 
 
+def paper_hours() -> str:
+    """What each table of the paper takes with the paper's networks, of :mod:`s2d.lab.paper_scale.hours`."""
+    table = hours.table(read_configuration("paper/paper.yaml"))
+    names = [TABLES.get(name, name) for name in table["table"]]
+    rows = zip(names, table["trainings"], table["measurements"], table["hours"], strict=True)
+    return markdown_table(
+        ["table", "trainings", "measurements", "hours a seed"],
+        ([name.replace("_", " "), str(made), str(cells), f"{time:.1f}"] for name, made, cells, time in rows),
+    )
+
+
 COMPUTED: dict[str, Callable[[], str]] = {
     "fine-tuning": fine_tuning,
     "fine-tuning, five rows": lambda: fine_tuning(FEW),
@@ -222,6 +236,7 @@ COMPUTED: dict[str, Callable[[], str]] = {
     "diagnosis": diagnosis,
     "conditioning": conditioning,
     "inputs": inputs,
+    "paper hours": paper_hours,
 }
 """What can stand in a page, by name."""
 

@@ -122,17 +122,12 @@ def solve(
 
     Paper: Table 9 (GSM8K, 0-shot; its prompt is not known).
     """
-    if "{question}" not in prompt:
-        raise ValueError(f"prompt is {prompt!r}: it needs {{question}} where the question goes")
-    tokenizer.padding_side = "left"  # what is generated goes on from the last token
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     device = next(model.parameters()).device
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    options["eos_token_id"] = _ends(tokenizer)
     found: list[str] = []
     for start in range(0, len(problems), batch_size):
-        texts = [_asked(tokenizer, prompt, problem) for problem in problems[start : start + batch_size]]
-        batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-        batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+        batch = asked(tokenizer, problems[start : start + batch_size], device, prompt=prompt)
         output = model.generate(**batch, **options, pad_token_id=tokenizer.pad_token_id)
         said = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [text.partition(NEXT)[0].strip() for text in said]
@@ -140,9 +135,49 @@ def solve(
     return found
 
 
-def _asked(tokenizer: Any, prompt: str, problem: Problem) -> str:
-    text = prompt.format(question=problem.question)
+def asked(
+    tokenizer: Any, problems: Sequence[Problem], device: torch.device, *, prompt: str = PROMPT
+) -> dict[str, torch.Tensor]:
+    """What a language model is called with to answer some problems, padded on the left.
+
+    Args:
+        tokenizer: its own; where it has a chat template, the prompt is what the user says.
+        problems: see :func:`read_problems`.
+        device: of the tensors.
+        prompt: with ``{question}`` in it.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``.
+
+    Raises:
+        ValueError: for a prompt without ``{question}``.
+
+    Paper: none.
+    """
+    if "{question}" not in prompt:
+        raise ValueError(f"prompt is {prompt!r}: it needs {{question}} where the question goes")
+    tokenizer.padding_side = "left"  # what is generated goes on from the last token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    texts = [_written(tokenizer, prompt.format(question=problem.question)) for problem in problems]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def _written(tokenizer: Any, text: str) -> str:
     if not tokenizer.chat_template:
         return text
     turns = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _ends(tokenizer: Any) -> list[int] | None:
+    """The tokens that end an answer: the tokenizer's own, and what its chat template puts behind one.
+
+    They may differ: a base model's tokenizer ends a document, and what it was fine-tuned on ends a turn.
+    """
+    found = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2")[2].strip()
+        found += tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+    return sorted({token for token in found if token is not None}) or None
