@@ -35,11 +35,12 @@ from s2d.lab.quantization import METHOD_CALIBRATION_IMAGES, METHODS, logit_error
 from s2d.lab.recipes import AS_PRINTED, EVIDENCE_SEEDS, TUNING_SEEDS, arm
 from s2d.lab.results import provenance, save_table
 from s2d.lab.store import find, train_and_store
-from s2d.lab.training import Recipe
+from s2d.lab.training import Recipe, learning_rate
 from s2d.lab.vision_backbone import VisionBackbone, published_backbone
 from s2d.lab.winners import SETTING_COLUMNS, winners
 from s2d.layers import linear_maps
 from s2d.ptq import parse_bits, quantize_each
+from s2d.spectral import top_singular_triplets
 
 RUN = "self_supervised"
 BACKBONE, IMAGE_SIZE = "dinov2-s", 28
@@ -51,7 +52,7 @@ BEFORE = "as published"
 
 GRID: dict[str, tuple[dict[str, float], ...]] = {
     # The learning rate is chosen first, and every other variant uses the winner.
-    "AdamW": ({"lr": 1e-4}, {"lr": 3e-4}),
+    "AdamW": ({"lr": 1e-5}, {"lr": 4e-5}),
     "S2D": ({"lam": 5e-2, "tau": 0.6}, {"lam": 0.5, "tau": 0.6}),
 }
 """Variant to the settings that are tried: as many for each, on the same seed."""
@@ -61,7 +62,7 @@ BITS = ("W8A8", "W6A6", "W5A5")
 """Those of Table 8."""
 QUANTIZERS = ("RTN", "PTQ4ViT", "ERQ")
 CELLS = {
-    "tuning": (("RTN", "W6A6"), ("RTN", "W5A5")),
+    "tuning": (("RTN", "W5A5"), ("RTN", "W4A4")),
     "evidence": tuple((method, bits) for method in QUANTIZERS for bits in BITS),
 }
 """Stage to what its networks are measured under, beside full precision."""
@@ -165,17 +166,18 @@ def layer_rows(model: nn.Module, x: Tensor) -> pd.DataFrame:
         x: calibration images, on its device.
 
     Returns:
-        The columns of :func:`s2d.lab.evaluate.layer_statistics`, and input_ratio (largest input over the root mean
-        square).
+        The columns of :func:`s2d.lab.evaluate.layer_statistics`, input_ratio (largest input over the root mean square)
+        and l1_product (of the first singular vectors, ``|u_1|_1 |v_1|_1``: see :func:`adams_reach`).
     """
     ratios: dict[str, float] = {}
+    maps = linear_maps(model)
 
     def seen(name: str, value: Tensor) -> None:
         ratios[name] = (value.abs().max() / value.square().mean().sqrt()).item()
 
     hooks = [
         linear.module.register_forward_pre_hook(lambda _, inputs, name=name: seen(name, inputs[0]))
-        for name, linear in linear_maps(model).items()
+        for name, linear in maps.items()
     ]
     try:
         table = statistics_of(model, x)
@@ -183,7 +185,33 @@ def layer_rows(model: nn.Module, x: Tensor) -> pd.DataFrame:
         for hook in hooks:
             hook.remove()
     table = table[table.layer.str.startswith("blocks.")].reset_index(drop=True)
-    return table.assign(input_ratio=table.layer.map(ratios))
+    top = {name: top_singular_triplets(maps[name].matrix(), 1) for name in table.layer}
+    products = {name: (found.u.abs().sum() * found.v.abs().sum()).item() for name, found in top.items()}
+    return table.assign(input_ratio=table.layer.map(ratios), l1_product=table.layer.map(products))
+
+
+def adams_reach(layers: pd.DataFrame) -> pd.DataFrame:
+    r"""How far Adam can move each largest singular value, and how far it did.
+
+    A step moves a weight by about the learning rate, so that to first order, where all agree and all steps do,
+
+    .. math:: |\Delta\sigma_1| \lesssim \sum_t \eta_t \, \lVert u_1 \rVert_1 \lVert v_1 \rVert_1
+
+    Args:
+        layers: the table of that name.
+
+    Returns:
+        One row a layer of the blocks: layer, pcdr_1 and sigma_1 (as published), reach, and for every variant by how
+        much sigma_1 changed (mean over seeds).
+    """
+    trained = layers[layers.variant != BEFORE]
+    recipe = backbone_finetuning("AdamW", 0, {"lr": float(trained.lr.iloc[0])})
+    total = sum(learning_rate(recipe, step) for step in range(recipe.steps))
+    before = layers[layers.variant == BEFORE].set_index("layer")
+    table = before[["pcdr_1", "sigma_1"]].assign(reach=total * before.l1_product)
+    for variant, own in trained.groupby("variant", sort=False):
+        table[variant] = own.groupby("layer").sigma_1.mean() - before.sigma_1
+    return table.reset_index()
 
 
 # --- all of them, resumed where they were -----------------------------------------------------------------------------
