@@ -620,13 +620,17 @@ def self_supervised_claim(evidence: pd.DataFrame) -> dict:
     wide = 100 * evidence.pivot(index=["method", "bits", "seed"], columns="variant", values="accuracy")
     gain, untuned = wide["S2D"] - wide["AdamW"], _column(wide, AS_PRINTED) - wide["AdamW"]
 
-    def over_widths(differences: pd.Series, method: str) -> pd.Series:
-        known = differences.loc[method] if method in differences.index.levels[0] else differences.iloc[:0]
-        return known.loc[widths].groupby("seed").mean() if len(known) else known
+    def at_widths(differences: pd.Series, method: str) -> pd.DataFrame:
+        """One row a seed that was measured at each of the widths, these as columns."""
+        known = differences[differences.index.get_level_values("method") == method].droplevel("method")
+        return known.unstack("bits").reindex(columns=widths).dropna()
 
     def at_each_width(method: str) -> str:
-        each = {bits: gain.loc[method].loc[bits] for bits in widths}
-        return ", ".join(f"{bits} {_interval(values)}" for bits, values in each.items())
+        each = at_widths(gain, method)
+        return ", ".join(f"{bits} {_interval(each[bits])}" for bits in widths if len(each))
+
+    def over_widths(differences: pd.Series, method: str) -> pd.Series:
+        return at_widths(differences, method).mean(axis=1)
 
     return _row(
         "S2D helps a self-supervised backbone (a DINOv2-S, fine-tuned, under PTQ4ViT at W8A8 to W5A5, less AdamW's)",
@@ -639,7 +643,7 @@ def self_supervised_claim(evidence: pd.DataFrame) -> dict:
             [
                 at_each_width("PTQ4ViT"),
                 f"in full precision {_interval(gain.loc['FP'].loc['FP'])}",
-                f"under ERQ {_interval(over_widths(gain, 'ERQ')) or NOT_MEASURED}",
+                *(f"under {name} {_interval(over_widths(gain, name)) or NOT_MEASURED}" for name in ("RTN", "ERQ")),
                 f"with the paper's lam and tau {_interval(over_widths(untuned, 'PTQ4ViT')) or NOT_MEASURED}",
             ]
         ),

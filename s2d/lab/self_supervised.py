@@ -488,8 +488,8 @@ def save_measured(stage: str, seeds: Sequence[int], subject: Subject) -> pd.Data
     table = table_of(rows, jobs)
     if table.empty:
         return table
-    order = {"FP": -1} | {cell: place for place, cell in enumerate(CELLS[stage])}
-    place = [order[row.method] if row.method == "FP" else order[row.method, row.bits] for row in table.itertuples()]
+    order = [("FP", "FP"), *CELLS[stage]]
+    place = [order.index((row.method, row.bits)) for row in table.itertuples()]
     network = table.groupby(["variant", "seed", "key"], sort=False).ngroup()
     table = table.iloc[pd.DataFrame({"network": network, "place": place}).sort_values(["network", "place"]).index]
     parameters = {"backbone": subject.backbone, "image_size": subject.image_size, "steps": STEPS}
@@ -498,9 +498,9 @@ def save_measured(stage: str, seeds: Sequence[int], subject: Subject) -> pd.Data
     save_table(table.reset_index(drop=True), stage, run=subject.run, source=source)
     if stage == "evidence":
         layers = known_rows("layers", subject)
-        before = layers[layers.key == BEFORE]
-        labels = pd.DataFrame({name: [value] * len(before) for name, value in _labels(BEFORE, {}, 0).items()})
-        before = pd.concat([labels.assign(seed=pd.NA), before.reset_index(drop=True)], axis=1)
+        labels = _labels(BEFORE, {}, 0) | {"seed": None}
+        before = layers[layers.key == BEFORE].drop(columns=[name for name in labels if name in layers])
+        before = pd.concat([pd.DataFrame([labels] * len(before), index=before.index), before], axis=1)
         save_table(pd.concat([before, table_of(layers, jobs)]), "layers", run=subject.run, source=source)
     return table
 
