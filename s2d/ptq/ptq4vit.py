@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Seen, Shared, item_count, site_inputs
 from s2d.ptq.judge import FEW_ITEMS, clearly_above, item_errors, kept_back, note, outputs, replaced
+from s2d.ptq.products import multiplies_codes, multiply, multiply_codes
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
     TIE,
@@ -457,14 +458,14 @@ class Contest:
         """Its products with the other factor."""
         values = self._values(candidates, block)
         # One product for all: more candidates are more rows.
-        product = values.flatten(-3, -2) @ _cut(other, block, self.cuts[1])
+        product = multiply(values.flatten(-3, -2), _cut(other, block, self.cuts[1]))
         return product.unflatten(-2, values.shape[-3:-1])
 
     def _code_products(self, candidates: Tensor, block: slice, other: Whole) -> Tensor:
         """The same by products of whole numbers, which are exact and many times faster."""
         rows, columns = (slice(None) if cut is None else block for cut in self.cuts[:2])
         products = [
-            torch._int_mm(codes.flatten(0, 1), others[columns].mT).unflatten(0, codes.shape[:2]) * (steps * units.mT)
+            multiply_codes(codes.flatten(0, 1), others[columns].mT).unflatten(0, codes.shape[:2]) * (steps * units.mT)
             for codes, steps in self.factor.codes(candidates, rows)
             for others, units in other
         ]
@@ -480,7 +481,7 @@ def _cut(tensor: Tensor | None, block: slice, dimension: int | None) -> Tensor |
 def _multiplies_codes(left: Factor, right: Factor) -> bool:
     """Whether the product of two matrices may be one of codes: where the processor multiplies eight bits exactly."""
     both = left.whole is not None and right.whole is not None and left.values.ndim == right.values.ndim == 2
-    return both and left.values.device.type == "cpu" and torch.cpu._is_vnni_supported()
+    return both and multiplies_codes(left.values.device)
 
 
 def _row_errors(product: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -602,7 +603,7 @@ class Search:
         weight, reads = self._weight(site, site.weight), self._input(site, x)
         taken, gradient = self._select(gradient, len(x), self.rows)
         reads = replace(reads, values=x[taken])
-        target = reads.values @ weight.values.T
+        target = multiply(reads.values, weight.values.T)
         blocks = _blocks(target)
         contests = []
         if weight.grids is not None:

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Seen, first_items, site_inputs, visit_sites
-from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, check_bits
+from s2d.ptq.products import multiply
+from s2d.ptq.quantizers import SWITCHED_OFF, check_bits, fake_quantize, minmax_grid
 from s2d.ptq.sites import QuantizedLinear, QuantizedProduct, Site, products, quantized_layers
 from s2d.ptq.trace import call, tensors_of
 
@@ -437,7 +438,7 @@ def rotation_errors(matrix: Tensor, terms: Terms, bits: int, parts: list[tuple[f
     """
     totals = [matrix.new_zeros(()) for _ in parts]
     for x, per_row, weight in terms:
-        rotated = x @ matrix.T
+        rotated = multiply(x, matrix.T)
         # A grid of one row alone has no part of the rows.
         errors = [Rounding.of(rotated, per_row, bits, part).error.sum() for part in (parts[:1] if per_row else parts)]
         for i in range(len(parts)):
@@ -463,7 +464,7 @@ def rotation_slope(matrix: Tensor, terms: Terms, bits: int, part: tuple[float, f
     """
     slope = torch.zeros_like(matrix)
     for x, per_row, weight in terms:
-        places, slopes = Rounding.of(x @ matrix.T, per_row, bits, part).slopes(bits)
+        places, slopes = Rounding.of(multiply(x, matrix.T), per_row, bits, part).slopes(bits)
         rows, channels = places // len(matrix), places % len(matrix)
         slope.index_add_(0, channels, (slopes * weight / _size(x))[:, None] * x[rows])
     return slope
@@ -499,13 +500,12 @@ class Rounding:
         if not per_row and part != WHOLE:
             first, reach = int(part[0] * len(data)) * data.shape[1], torch.cat(_run(data, *part)).reshape(1, -1)
         low, high = reach.min(1), reach.max(1)
-        quantizer = AffineQuantizer(bits, granularity="per_channel")
-        quantizer.set_range(low.values[:, None], high.values[:, None])
+        scale, zero_point = minmax_grid(low.values[:, None], high.values[:, None], bits)
         starts = torch.arange(len(grids), device=data.device) * count + first
         lowest, highest = ((end.indices + starts) % data.numel() for end in (low, high))
         ends = low.values.clamp(max=0)[:, None], high.values.clamp(min=0)[:, None]
         beyond = None if reach is grids else grids - grids.clamp(*ends)
-        squares = quantizer(grids).sub_(grids).square_()
+        squares = fake_quantize(grids, scale, zero_point, 0, 2**bits - 1).sub_(grids).square_()
         return cls(low.values, high.values, lowest, highest, squares, beyond)
 
     @property
@@ -599,12 +599,13 @@ def _descend(initial: Tensor, sample: Terms, bits: int, starts: list[float]) -> 
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(starts))
     inverse, matrix = 2 * identity, initial
     for index, start in enumerate(starts, 1):
-        slope = (matrix + initial).T @ rotation_slope(matrix, sample, bits, (start, 0.5)) @ inverse.T / 4
+        slope = rotation_slope(matrix, sample, bits, (start, 0.5))
+        slope = multiply(multiply((matrix + initial).T, slope), inverse.T) / 4
         lower.grad = (slope - slope.T).tril_(-1)
         optimizer.step()
         schedule.step()
         inverse = 2 * inverse_of_dominant(identity - (lower - lower.T) / 2)
-        matrix = initial @ (inverse - identity)
+        matrix = multiply(initial, inverse - identity)
         if index % LOOK_EVERY == 0 or index == len(starts):
             yield nearest_orthogonal(matrix)
 
@@ -629,10 +630,12 @@ def inverse_of_dominant(matrix: Tensor) -> Tensor:
     half = len(matrix) // 2
     (a, b), (c, d) = (part.split([half, len(matrix) - half], 1) for part in matrix.split([half, len(matrix) - half]))
     first = inverse_of_dominant(a)
-    left, right = c @ first, first @ b
-    last = inverse_of_dominant(d - left @ b)
-    corner = right @ last
-    return torch.cat([torch.cat([first + corner @ left, -corner], 1), torch.cat([-last @ left, last], 1)])
+    left, right = multiply(c, first), multiply(first, b)
+    last = inverse_of_dominant(d - multiply(left, b))
+    corner = multiply(right, last)
+    return torch.cat(
+        [torch.cat([first + multiply(corner, left), -corner], 1), torch.cat([-multiply(last, left), last], 1)]
+    )
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
