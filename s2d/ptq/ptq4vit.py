@@ -349,7 +349,7 @@ def after_gelu_with_long_tail(values: Tensor, n_bits: int) -> Factor:
     grids = (largest * torch.tensor(TAIL_SPLITS, dtype=values.dtype, device=values.device)).view(-1, 1, 1)
     quantize = partial(_twin_tail, largest=largest, n_bits=n_bits)
     whole = None if n_bits == 8 else partial(_tail_parts, largest=largest, n_bits=n_bits)
-    return Factor(values, quantize, grids, grids[:1], _together, _to_all, TwinUniformTail, None, None, largest, whole)
+    return Factor(values, quantize, grids, grids[:1], _together, _to_all, TwinUniformTail, largest=largest, whole=whole)
 
 
 def per_token(values: Tensor, n_bits: int) -> Factor:
@@ -434,18 +434,22 @@ class Contest:
 
     def run(self) -> bool:
         """Put the best candidate of each group into use; whether that changes anything."""
+        width = 4  # bytes of an entry on a candidate grid
         if self.other is None:
             products = self._values
         elif _multiplies_codes(self.factor, self.other):
+            width = 1
             products = partial(self._code_products, other=self.other.whole(self.other.values, self.other.chosen[0]))
         else:
             products = partial(self._products, other=self.other.quantized().mT)
-        return self.factor.choose(race(self.factor, partial(self._errors, products), self.blocks))
+        return self.factor.choose(race(self.factor, partial(self._errors, products, width), self.blocks))
 
-    def _errors(self, products: Callable[[Tensor, slice], Tensor], candidates: Tensor, block: slice) -> Tensor:
+    def _errors(
+        self, products: Callable[[Tensor, slice], Tensor], width: int, candidates: Tensor, block: slice
+    ) -> Tensor:
         """Squared errors with some candidate grids of the left factor, ``(candidates, groups)`` in float64."""
         target, weight = (_cut(tensor, block, self.cuts[2]) for tensor in (self.target, self.weight))
-        size = max(_cut(self.factor.values, block, self.cuts[0]).numel() // 4, target.numel())
+        size = max(_cut(self.factor.values, block, self.cuts[0]).numel() * width // 4, target.numel())
         parts = candidates.split(_at_once(size, candidates.device))
         return torch.cat([self.factor.groups(_row_errors(products(part, block), target, weight)) for part in parts])
 
