@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from s2d.ptq import quantize
 from s2d.ptq.erq import (
     ColumnGroupQuantizer,
+    Moments,
     best_ridge,
     excess_error,
     full_grid,
@@ -20,7 +21,6 @@ from s2d.ptq.erq import (
     ridge_solution,
     round_half_by_half,
     solve_layer,
-    solve_upper,
     upper_factor,
 )
 from s2d.ptq.quantizers import QUANTIZERS, AffineQuantizer
@@ -117,7 +117,7 @@ def test_correction_of_nothing_but_noise_is_none() -> None:
     multiple = best_ridge(folds, total, 1e-6)
     found = torch.zeros_like(total.cross.T) if multiple is None else ridge_solution(total, multiple)
     fresh = input_moments(normal(5000, 40, seed=5), site.weight, site.input_quantizer)
-    overfitted = solve_upper(upper_factor(total.gram, 1e-6), total.cross).T
+    overfitted = ridge_solution(total, 1e-6)
     assert excess_error(overfitted, fresh).sum() > 0  # worse than doing nothing
     assert excess_error(found, fresh).sum() <= 0.1 * excess_error(overfitted, fresh).sum()
 
@@ -141,7 +141,8 @@ def test_factor_and_its_trailing_blocks() -> None:
     for start in (0, 4, 10):
         assert torch.allclose(U[start:, start:] @ U[start:, start:].T, damped[start:, start:])
     right = normal(11, 3).double()
-    assert torch.allclose(solve_upper(U, right), torch.linalg.solve(damped, right))
+    solution = ridge_solution(Moments(gram, right, 30), 0.1).T
+    assert torch.allclose(solution, torch.linalg.solve(damped, right))
 
 
 @pytest.mark.parametrize("x", [torch.zeros(5, 4), torch.ones(5, 4), torch.tensor([[1.0, 0.0, 0.0, 2.0]])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -14,7 +15,16 @@ from s2d.ptq.prepare import prepare
 from s2d.ptq.ptq4vit import FACTORS, base_ptq, label_loss, per_head, ptq4vit, race
 from s2d.ptq.quantizers import AffineQuantizer
 from s2d.ptq.sites import products, quantized_layers, set_mode, sites
-from s2d.ptq.twin_uniform import TwinUniformGELU, TwinUniformSoftmax
+from s2d.ptq.twin_uniform import (
+    TwinUniformGELU,
+    TwinUniformSoftmax,
+    gelu_parts,
+    has_long_tail,
+    tail_parts,
+    tail_steps,
+    twin_gelu,
+    twin_tail,
+)
 
 WIDTH, HEADS, TOKENS, CLASSES = 8, 2, 5, 3
 GELU_LOW = 0.16997124254703522
@@ -295,6 +305,39 @@ def test_the_race_has_the_winner_of_the_full_sums() -> None:
         expected = [first_of_the_least(column) for column in errors.sum(0).T.tolist()]
         assert race(factor, look_up, blocks).tolist() == expected
         assert seed % 5 or sum(asked) < 1200  # not all of them to the end
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tail", [False, True])
+def test_products_of_codes_choose_what_products_of_floats_do(
+    bits: int, tail: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, model, x = sys.modules["s2d.ptq.ptq4vit"], transformer(bits), IMAGES
+    if tail:
+        model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)).double().eval(), data(600, 8)
+        x[0] *= 100
+        assert has_long_tail(model[:2](x))
+    found = [quantized(model, x, bits=bits).state_dict()]
+    monkeypatch.setattr(module, "KEPT_BYTES", 0)
+    found.append(quantized(model, x, bits=bits).state_dict())
+    monkeypatch.setattr(module, "multiplies_codes", lambda device: False)
+    found.append(quantized(model, x, bits=bits).state_dict())
+    for other in found[:2]:
+        for name, expected in found[2].items():
+            assert torch.equal(other[name], expected), name
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_times_steps_are_the_twin_grids(bits: int) -> None:
+    x = F.gelu(4 * data(500, seed=bits))
+    split, largest = torch.tensor([[1.0], [2.0]]).double(), x.amax()
+    pairs = [(gelu_parts(x, split / 9, bits), twin_gelu(x, split / 9, bits))]
+    if bits < 8:
+        steps = tail_steps(split, largest, bits)
+        pairs.append((tail_parts(x, *steps, bits), twin_tail(x, *steps, bits)))
+    for parts, expected in pairs:
+        assert all(codes.dtype == torch.int8 for codes, _ in parts)
+        assert torch.allclose(sum(codes * steps for codes, steps in parts), expected, atol=1e-12)
 
 
 # --- what is quantized how ---

@@ -16,10 +16,13 @@ from s2d.ptq.rotation import (
     Rotation,
     hadamard,
     hartley,
+    inverse_of_dominant,
     learn_rotation,
+    nearest_orthogonal,
     rotate,
     rotation_error,
     rotation_flops,
+    rotation_slope,
 )
 from s2d.ptq.sites import mode, products, quantized_layers, set_mode
 from s2d.ptq.trace import call
@@ -425,6 +428,47 @@ def test_rotation_error_by_hand() -> None:
     expected = relative([x @ r.T]) + 0.5 * relative(list(w @ r.T))
     found = rotation_error(r, [(x, False, 1.0), (w, True, 0.5)], 3)
     assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("part", [(0.0, 1.0), (0.25, 0.5), (0.75, 0.5)])
+def test_the_slope_is_autograds(part: tuple[float, float]) -> None:
+    """Of the squared step times a constant rounding residual, and the squared distance of what is clamped."""
+    x, w, bits = normal(40, 6).double(), normal(9, 6, seed=1).double().abs(), 3
+    matrix = Rotation(6, seed=2).dense().double().requires_grad_()
+    total = 0.0
+    for data, rows, weight in ((x, None, 1.0), (w, range(len(w)), 0.5)):
+        rotated = data @ matrix.T
+        first = int(part[0] * len(x))
+        reach = torch.cat([rotated, rotated])[first : first + round(part[1] * len(x))]
+        pairs = [(rotated, reach)] if rows is None else [(rotated[i], rotated[i]) for i in rows]
+        for values, seen in pairs:
+            low, high = seen.min().clamp(max=0), seen.max().clamp(min=0)
+            inside = (values >= low) & (values <= high)
+            step = (high - low) / (2**bits - 1)
+            zero = (-low / step).detach().round()
+            code = ((values / step).detach().round() + zero).clamp(0, 2**bits - 1) - zero
+            residual = ((code * step - values) / step).detach()
+            error = (residual * step).square()[inside].sum()
+            error = error + (values - values.clamp(low, high))[~inside].square().sum()
+            total = total + weight * error / data.square().sum()
+    total.backward()
+    found = rotation_slope(matrix.detach(), [(x, False, 1.0), (w, True, 0.5)], bits, part)
+    assert torch.allclose(found, matrix.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 7, 97, 250])
+def test_inverse_by_blocks(size: int) -> None:
+    skew = normal(size, size).double()
+    matrix = torch.eye(size).double() + 3 * (skew - skew.T)
+    inverse = inverse_of_dominant(matrix)
+    assert torch.allclose(inverse @ matrix, torch.eye(size).double(), atol=1e-9)
+
+
+def test_nearest_orthogonal_is_the_polar_factor() -> None:
+    for distance in (1e-7, 1e-3):
+        matrix = Rotation(20, seed=3).dense().double() + distance * normal(20, 20).double()
+        left, _, right = torch.linalg.svd(matrix)
+        assert torch.allclose(nearest_orthogonal(matrix), left @ right, atol=1e-9)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -26,9 +26,11 @@ from s2d.ptq.judge import (
     outputs,
     replaced,
 )
+from s2d.ptq.products import multiply
 from s2d.ptq.quantizers import (
     SWITCHED_OFF,
     Quantizer,
+    all_finite,
     check_quantizer_bits,
     chunk_elements,
     fake_quantize,
@@ -41,6 +43,7 @@ from s2d.ptq.sites import CONVOLUTIONS, QuantizedLinear, quantized_layers
 
 WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)
 STEPS = 100
+KEPT_ROWS = 0.75  # while that part of the rows is still being refined, the others stay among them
 # Of Aqer's ridge: its multiples to choose from, in how many parts the rows are cut for that, how many outputs judge.
 RIDGE_FACTORS = (1.0, 10.0, 100.0)
 FOLDS = 4
@@ -335,7 +338,7 @@ def input_moments(x: Tensor, weight: Tensor, quantizer: Quantizer | None, chunk:
     Paper: none; ERQ.
     """
     d, outputs = x.shape[1], len(weight)
-    few = outputs < d  # then the error's outputs are cheaper to multiply with than its inputs
+    few = min(outputs, len(x) / 4) < d  # then the error's outputs are cheaper to multiply with than its inputs
     dtype = solver_dtype(x.device)
     gram = torch.zeros(d + 1, d + 1, dtype=dtype, device=x.device)
     cross = torch.zeros(d + 1, outputs if few else d, dtype=dtype, device=x.device)
@@ -343,10 +346,10 @@ def input_moments(x: Tensor, weight: Tensor, quantizer: Quantizer | None, chunk:
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         quantized = part if quantizer is None else quantizer(part)
         inputs = F.pad(quantized, (0, 1), value=1.0)
-        gram += inputs.T @ inputs
+        gram += multiply(inputs.T, inputs)
         if quantizer is not None:
             error = part - quantized
-            cross += inputs.T @ (error @ weight.T.to(part.dtype) if few else error)
+            cross += multiply(inputs.T, multiply(error, weight.T.to(part.dtype)) if few else error)
     return Moments(gram, cross if few else cross @ weight.T.to(dtype), len(x))
 
 
@@ -381,9 +384,9 @@ def solve_layer(
     """
     measure = partial(input_moments, weight=site.weight, quantizer=site.input_quantizer)
     part, rest = (x, x[:0]) if held is None or fitted is None else (x[fitted], x[~fitted])
-    folds = [measure(rows) for rows in part.tensor_split(FOLDS) if len(rows)]
+    folds = [measure(rows) for rows in _folds(part) if len(rows)]
     moments = reduce(operator.add, folds)
-    judge = None if held is None else measure(held)
+    judge = None if held is None else measure(held).single()
     weight = site.weight.detach().to(moments.gram.dtype)
     bias = weight.new_zeros(len(weight)) if site.bias is None else site.bias.detach().to(weight.dtype)
     original = torch.cat([weight, bias[:, None]], 1)
@@ -391,7 +394,7 @@ def solve_layer(
     if aqer and site.input_quantizer is not None:
         multiple = best_ridge(folds, moments, ridge)
         if judge is not None and multiple is not None:
-            kept["aqer"] = share_that_helps(ridge_solution(moments, multiple).float(), judge.single())
+            kept["aqer"] = share_that_helps(ridge_solution(moments, multiple).float(), judge)
         elif judge is not None:
             kept["aqer"] = 0.0
     if len(rest):
@@ -412,13 +415,25 @@ def solve_layer(
     worse = (excess_error(changes[0], single) > excess_error(changes[1], single))[:, None]
     if judge is not None:
         changes[0] = torch.where(worse, changes[1], changes[0])
-        errors = [excess_error(change, judge.single()).sum() for change in changes]
+        errors = [excess_error(change, judge).sum() for change in changes]
         kept["wqer"] = float(errors[0] <= errors[1])
         worse |= kept["wqer"] == 0
     best = torch.where(worse, plain, best)
     quantizer.scale = torch.where(worse, plain_quantizer.scale, quantizer.scale)
     quantizer.zero_point = torch.where(worse, plain_quantizer.zero_point, quantizer.zero_point)
     return best[:, :-1], best[:, -1]
+
+
+def _folds(rows: Tensor) -> list[Tensor]:
+    """Parts of the rows for :func:`best_ridge`; those that will not judge as one."""
+    parts = list(rows.tensor_split(FOLDS))
+    judging = _judging(rows.shape[1])
+    return parts[:judging] + ([rows[sum(map(len, parts[:judging])) :]] if judging < FOLDS else [])
+
+
+def _judging(inputs: int) -> int:
+    """How many of the parts judge for a layer with so many inputs."""
+    return FOLDS if inputs + 1 < COSTLY else 2
 
 
 def share_that_helps(change: Tensor, judge: Moments) -> float:
@@ -438,7 +453,7 @@ def share_that_helps(change: Tensor, judge: Moments) -> float:
     Paper: none.
     """
     straight = (change * judge.cross.T).sum()
-    square = ((change @ judge.gram) * change).sum()
+    square = (multiply(change, judge.gram) * change).sum()
     return float((straight / square).clamp(0, 1)) if straight > 0 else 0.0
 
 
@@ -460,7 +475,7 @@ def excess_error(change: Tensor, moments: Moments) -> Tensor:
 
     Paper: none; ERQ's objective.
     """
-    return ((change @ moments.gram - 2 * moments.cross.T) * change).sum(1)
+    return multiply(change, moments.gram).sub_(moments.cross.T, alpha=2).mul_(change).sum(1)
 
 
 def ridge_solution(moments: Moments, ridge: float) -> Tensor:
@@ -475,7 +490,7 @@ def ridge_solution(moments: Moments, ridge: float) -> Tensor:
 
     Paper: none; ERQ's activation quantization error reduction.
     """
-    return solve_upper(upper_factor(moments.gram, ridge), moments.cross).T
+    return torch.cholesky_solve(moments.cross, damped_cholesky(moments.gram, ridge)).T
 
 
 def best_ridge(folds: list[Moments], total: Moments, ridge: float) -> float | None:
@@ -496,7 +511,7 @@ def best_ridge(folds: list[Moments], total: Moments, ridge: float) -> float | No
     """
     some = slice(None, None, -(-total.cross.shape[1] // FEW_OUTPUTS))
     errors = torch.zeros(len(RIDGE_FACTORS), device=total.gram.device)
-    judges = folds[: FOLDS if len(total.gram) < COSTLY else 2] if len(folds) > 1 else []
+    judges = folds[: _judging(len(total.gram) - 1)] if len(folds) > 1 else []
     for fold in judges:
         rest, test = (Moments(m.gram.float(), m.cross[:, some].float(), m.rows) for m in (total - fold, fold))
         for i, factor in enumerate(RIDGE_FACTORS):
@@ -526,23 +541,26 @@ def upper_factor(gram: Tensor, ridge: float) -> Tensor:
 
     Paper: none.
     """
-    if not torch.isfinite(gram).all():
+    return damped_cholesky(gram, ridge, last_first=True).flip(0, 1)
+
+
+def damped_cholesky(gram: Tensor, ridge: float, *, last_first: bool = False) -> Tensor:
+    """Lower triangular L with L L^T = gram + lambda I; arguments and errors as for :func:`upper_factor`.
+
+    Args:
+        last_first: factor the matrix with its rows and columns in reverse order.
+    """
+    if not all_finite(gram):
         raise ValueError("the squares of a layer's inputs overflow: check the images and the model's forward pass")
     mean = gram.diagonal()[:-1].mean()
     unit = torch.where(mean > 0, mean, 1)  # inputs that are all zero leave nothing to solve; any lambda does
     while True:
         damped = gram.clone()
         damped.diagonal()[:-1] += ridge * unit
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1) if last_first else damped)
         if not failed:
-            return lower.flip(0, 1)
+            return lower
         ridge *= 10
-
-
-def solve_upper(factor: Tensor, right: Tensor) -> Tensor:
-    """Solve U U^T x = right."""
-    half = torch.linalg.solve_triangular(factor, right, upper=True)
-    return torch.linalg.solve_triangular(factor.T, half, upper=False)
 
 
 # --- weight error ----------------------------------------------------------------------------------------------------
@@ -619,13 +637,17 @@ def refine_rounding(
     going = torch.arange(len(codes), device=codes.device)  # the rows that are not done
     for _ in range(steps):
         least, at = torch.addcmul(square, change, slope).min(1, keepdim=True)
-        better = (least < 0)[:, 0]
-        if not better.all():  # a row that is done stays so
-            going, slope, flip, change, square, at = (t[better] for t in (going, slope, flip, change, square, at))
-        if not len(going):
+        better = least < 0
+        left = int(better.sum())
+        if left == 0:
             break
-        slope.addcmul_(gram[at[:, 0]], change.gather(1, at), value=2)
-        codes[going, at[:, 0]] += flip.gather(1, at)[:, 0]
+        if left < KEPT_ROWS * len(going):  # a row that is done stays so: left out now and then, as that takes copies
+            rows = better[:, 0]
+            going, slope, flip, change, square = (t[rows] for t in (going, slope, flip, change, square))
+            at, better = at[rows], better[rows]
+        slope.addcmul_(gram[at[:, 0]], change.gather(1, at) * better, value=2)
+        codes[going, at[:, 0]] += (flip.gather(1, at) * better)[:, 0]
         for turned in (flip, change):
-            turned.scatter_(1, at, -turned.gather(1, at))
+            taken = turned.gather(1, at)
+            turned.scatter_(1, at, torch.where(better, -taken, taken))
     return codes

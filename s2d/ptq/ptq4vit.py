@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 from s2d.ptq.calibrate import Seen, Shared, item_count, site_inputs
 from s2d.ptq.judge import FEW_ITEMS, clearly_above, item_errors, kept_back, note, outputs, replaced
-from s2d.ptq.quantizers import SWITCHED_OFF, TIE, AffineQuantizer, Quantizer, fake_quantize, first_least
+from s2d.ptq.products import multiplies_codes, multiply, multiply_codes
+from s2d.ptq.quantizers import (
+    SWITCHED_OFF,
+    TIE,
+    AffineQuantizer,
+    Quantizer,
+    fake_quantize,
+    first_least,
+    round_to_grid,
+)
 from s2d.ptq.rtn import check_activations
 from s2d.ptq.sites import CONVOLUTIONS, QuantizedProduct, Site, quantized_layers, sites
 from s2d.ptq.trace import tensors_of
@@ -33,7 +42,9 @@ from s2d.ptq.twin_uniform import (
     TwinUniformGELU,
     TwinUniformSoftmax,
     TwinUniformTail,
+    gelu_parts,
     has_long_tail,
+    tail_parts,
     tail_steps,
     twin_gelu,
     twin_softmax,
@@ -46,9 +57,10 @@ START = min(range(len(FACTORS)), key=lambda i: abs(FACTORS[i] - 1))
 ROUNDS = 3
 WEIGHTS = ("per_tensor", "per_channel")
 # Rows after which the candidates that cannot win any more are dropped, as parts of all rows.
-HURDLES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+HURDLES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 # Elements of one temporary, of which a few are held: about a core's cache, or filling an accelerator.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**18, 2**24
+KEPT_BYTES = 2**28  # of a factor's codes on all its candidates: below that, it is rounded only once
 
 
 def ptq4vit(
@@ -215,6 +227,10 @@ def _sampled(likelihood: str, seed: int) -> Callable[[Any, int], Tensor]:
 # --- one factor of a product -----------------------------------------------------------------------------------------
 
 
+Whole = list[tuple[Tensor, Tensor]]
+"""A quantized tensor as the sum of codes (int8) times steps."""
+
+
 @dataclass
 class Factor:
     """One factor of a product, written as the left one: the right one is the left one of the transposed product.
@@ -232,6 +248,9 @@ class Factor:
         best: the candidate in use, per group.
         fixed: the quantizer of a factor whose grid is not searched (measured at run time); None for floating point.
         largest: where the grids end, for a :class:`s2d.ptq.twin_uniform.TwinUniformTail`.
+        whole: ``whole(values, grid)``, the same as ``quantize`` as a sum of whole numbers times steps; None where they
+            exceed eight bits.
+        kept: ``whole`` of all candidates.
     """
 
     values: Tensor
@@ -244,12 +263,25 @@ class Factor:
     best: Tensor | None = None
     fixed: Quantizer | None = None
     largest: Tensor | None = None
+    whole: Callable[[Tensor, Tensor], Whole] | None = None
+    kept: Whole | None = None
 
     def quantized(self) -> Tensor:
         """The values on the grid in use."""
         if self.grids is None:
             return self.values if self.fixed is None else self.fixed(self.values)
         return self.quantize(self.values, self.chosen.squeeze(-3))
+
+    def codes(self, candidates: Tensor, block: slice) -> Whole:
+        """Some rows of a matrix on some of the candidate grids."""
+        if len(self.grids) * self.values.numel() > KEPT_BYTES:
+            return self.whole(self.values[block], self.grids[candidates])
+        if self.kept is None:
+            at_once = _at_once(self.values.numel(), self.values.device)
+            parts = [self.whole(self.values, grids) for grids in self.grids.split(at_once)]
+            self.kept = [tuple(map(torch.cat, zip(*part, strict=True))) for part in zip(*parts, strict=True)]
+        picked = candidates.tolist()  # stacked, which copies whole rows where indexing picks single codes
+        return [(torch.stack([codes[c, block] for c in picked]), steps[candidates]) for codes, steps in self.kept]
 
     def choose(self, best: Tensor) -> bool:
         """Take a candidate per group into use; whether that changes anything."""
@@ -307,8 +339,8 @@ def per_part(values: Tensor, n_bits: int, parts: int) -> Factor:
 def after_gelu(values: Tensor, n_bits: int) -> Factor:
     """A factor on the twin grid for GELU's output, the step of whose positive side is searched."""
     grids = _candidates(_to_all(_initial_scale(values.amax(), n_bits)))
-    quantize = partial(_twin_gelu, n_bits=n_bits)
-    return Factor(values, quantize, grids, _first(grids), _together, _to_all, TwinUniformGELU)
+    quantize, whole = partial(_twin_gelu, n_bits=n_bits), partial(gelu_parts, n_bits=n_bits)
+    return Factor(values, quantize, grids, _first(grids), _together, _to_all, TwinUniformGELU, whole=whole)
 
 
 def after_gelu_with_long_tail(values: Tensor, n_bits: int) -> Factor:
@@ -316,7 +348,8 @@ def after_gelu_with_long_tail(values: Tensor, n_bits: int) -> Factor:
     largest = values.amax()
     grids = (largest * torch.tensor(TAIL_SPLITS, dtype=values.dtype, device=values.device)).view(-1, 1, 1)
     quantize = partial(_twin_tail, largest=largest, n_bits=n_bits)
-    return Factor(values, quantize, grids, grids[:1], _together, _to_all, TwinUniformTail, largest=largest)
+    whole = None if n_bits == 8 else partial(_tail_parts, largest=largest, n_bits=n_bits)
+    return Factor(values, quantize, grids, grids[:1], _together, _to_all, TwinUniformTail, largest=largest, whole=whole)
 
 
 def per_token(values: Tensor, n_bits: int) -> Factor:
@@ -334,7 +367,8 @@ def after_softmax(values: Tensor, n_bits: int) -> Factor:
 
 def _uniform(values: Tensor, n_bits: int, largest: Tensor, groups: Callable, spread: Callable) -> Factor:
     grids = _candidates(spread(_initial_scale(largest, n_bits)))
-    return Factor(values, partial(_full_range, n_bits=n_bits), grids, _first(grids), groups, spread)
+    quantize, whole = (partial(function, n_bits=n_bits) for function in (_full_range, _full_range_codes))
+    return Factor(values, quantize, grids, _first(grids), groups, spread, whole=whole)
 
 
 def _initial_scale(largest: Tensor, n_bits: int) -> Tensor:
@@ -355,12 +389,20 @@ def _full_range(x: Tensor, scale: Tensor, n_bits: int) -> Tensor:
     return fake_quantize(x, scale, 0, -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
 
 
+def _full_range_codes(x: Tensor, scale: Tensor, n_bits: int) -> Whole:
+    return [(round_to_grid(x, scale, 0, -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1).to(torch.int8), scale)]
+
+
 def _twin_gelu(x: Tensor, step: Tensor, n_bits: int) -> Tensor:
     return twin_gelu(x, step, n_bits)
 
 
 def _twin_tail(x: Tensor, split: Tensor, largest: Tensor, n_bits: int) -> Tensor:
     return twin_tail(x, *tail_steps(split, largest, n_bits), n_bits)
+
+
+def _tail_parts(x: Tensor, split: Tensor, largest: Tensor, n_bits: int) -> Whole:
+    return tail_parts(x, *tail_steps(split, largest, n_bits), n_bits)
 
 
 def _twin_softmax(x: Tensor, split: Tensor, n_bits: int) -> Tensor:
@@ -392,14 +434,46 @@ class Contest:
 
     def run(self) -> bool:
         """Put the best candidate of each group into use; whether that changes anything."""
-        other = None if self.other is None else self.other.quantized().mT
-        return self.factor.choose(race(self.factor, partial(self._errors, other=other), self.blocks))
+        width = 4  # bytes of an entry on a candidate grid
+        if self.other is None:
+            products = self._values
+        elif _multiplies_codes(self.factor, self.other):
+            width = 1
+            products = partial(self._code_products, other=self.other.whole(self.other.values, self.other.chosen[0]))
+        else:
+            products = partial(self._products, other=self.other.quantized().mT)
+        return self.factor.choose(race(self.factor, partial(self._errors, products, width), self.blocks))
 
-    def _errors(self, candidates: Tensor, block: slice, other: Tensor | None) -> Tensor:
-        x = _cut(self.factor.values, block, self.cuts[0])
-        other = _cut(other, block, self.cuts[1])
+    def _errors(
+        self, products: Callable[[Tensor, slice], Tensor], width: int, candidates: Tensor, block: slice
+    ) -> Tensor:
+        """Squared errors with some candidate grids of the left factor, ``(candidates, groups)`` in float64."""
         target, weight = (_cut(tensor, block, self.cuts[2]) for tensor in (self.target, self.weight))
-        return _product_errors(self.factor, self.factor.grids[..., candidates, :, :], x, other, target, weight)
+        size = max(_cut(self.factor.values, block, self.cuts[0]).numel() * width // 4, target.numel())
+        parts = candidates.split(_at_once(size, candidates.device))
+        return torch.cat([self.factor.groups(_row_errors(products(part, block), target, weight)) for part in parts])
+
+    def _values(self, candidates: Tensor, block: slice) -> Tensor:
+        """The factor itself on candidate grids, ``(..., candidates, rows, columns)``."""
+        x = _cut(self.factor.values, block, self.cuts[0])
+        return self.factor.quantize(x.unsqueeze(-3), self.factor.grids[..., candidates, :, :])
+
+    def _products(self, candidates: Tensor, block: slice, other: Tensor) -> Tensor:
+        """Its products with the other factor."""
+        values = self._values(candidates, block)
+        # One product for all: more candidates are more rows.
+        product = multiply(values.flatten(-3, -2), _cut(other, block, self.cuts[1]))
+        return product.unflatten(-2, values.shape[-3:-1])
+
+    def _code_products(self, candidates: Tensor, block: slice, other: Whole) -> Tensor:
+        """The same by products of whole numbers, which are exact and many times faster."""
+        rows, columns = (slice(None) if cut is None else block for cut in self.cuts[:2])
+        products = []
+        for codes, steps in self.factor.codes(candidates, rows):
+            for others, units in other:
+                product = multiply_codes(codes.flatten(0, 1), others[columns].mT).unflatten(0, codes.shape[:2])
+                products.append(product.to(steps.dtype).mul_(steps * units.mT))
+        return reduce(Tensor.add_, products)
 
 
 def _cut(tensor: Tensor | None, block: slice, dimension: int | None) -> Tensor | None:
@@ -408,17 +482,10 @@ def _cut(tensor: Tensor | None, block: slice, dimension: int | None) -> Tensor |
     return tensor[block] if dimension == 0 else tensor[..., block]
 
 
-def _product_errors(
-    factor: Factor, grids: Tensor, x: Tensor, other: Tensor | None, target: Tensor, weight: Tensor | None
-) -> Tensor:
-    """Squared errors with each candidate grid of the left factor, ``(candidates, groups)`` in float64."""
-    found = []
-    for part in grids.split(_at_once(max(x.numel(), target.numel()), x.device), -3):
-        product = factor.quantize(x.unsqueeze(-3), part)
-        if other is not None:  # one product for all: more candidates are more rows
-            product = (product.flatten(-3, -2) @ other).unflatten(-2, product.shape[-3:-1])
-        found.append(factor.groups(_row_errors(product, target, weight)))
-    return torch.cat(found)
+def _multiplies_codes(left: Factor, right: Factor) -> bool:
+    """Whether the product of two matrices may be one of codes: where the processor multiplies eight bits exactly."""
+    both = left.whole is not None and right.whole is not None and left.values.ndim == right.values.ndim == 2
+    return both and multiplies_codes(left.values.device)
 
 
 def _row_errors(product: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -540,7 +607,7 @@ class Search:
         weight, reads = self._weight(site, site.weight), self._input(site, x)
         taken, gradient = self._select(gradient, len(x), self.rows)
         reads = replace(reads, values=x[taken])
-        target = reads.values @ weight.values.T
+        target = multiply(reads.values, weight.values.T)
         blocks = _blocks(target)
         contests = []
         if weight.grids is not None:

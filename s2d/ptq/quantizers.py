@@ -115,6 +115,31 @@ def _grid_operands(x: Tensor, scale: Tensor, zero_point: Tensor | float) -> tupl
     return x.to(dtype), scale, zero_point
 
 
+def minmax_grid(low: Tensor, high: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of asymmetric grids over ranges, each widened to hold zero.
+
+    Args:
+        low, high: the ends, of any shape.
+        n_bits: 2 to 8.
+
+    Example:
+        >>> minmax_grid(torch.tensor([-1.0, 5.0]), torch.tensor([2.0, 30.0]), 4)
+        (tensor([0.2000, 2.0000]), tensor([5., 0.]))
+
+    Paper: none.
+    """
+    # At least float32: in half precision the range of [-40000, 40000] overflows and small steps are subnormal.
+    dtype = torch.promote_types(low.dtype, torch.float32)
+    low, high, last = low.to(dtype).clamp(max=0), high.to(dtype).clamp(min=0), 2**n_bits - 1
+    scale = _usable_scale(high / last - low / last)
+    return scale, torch.round(low.abs() / scale)
+
+
+def _usable_scale(scale: Tensor) -> Tensor:
+    # An all-zero channel has no range; any scale represents it exactly.
+    return torch.where(scale > 0, scale.clamp(min=SMALLEST_STEP), torch.ones_like(scale))
+
+
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor | float, q_min: int, q_max: int) -> Tensor:
     r"""The code of every value on an affine grid, as floating-point numbers.
 
@@ -469,16 +494,12 @@ class AffineQuantizer(Quantizer):
         return parts[0].view(shape)
 
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        # At least float32: in half precision the range of [-40000, 40000] overflows and small steps are subnormal.
+        if not self.symmetric:
+            return minmax_grid(low, high, self.n_bits)
         dtype = torch.promote_types(low.dtype, torch.float32)
-        low, high = low.to(dtype).clamp(max=0), high.to(dtype).clamp(min=0)
-        if self.symmetric:
-            scale = torch.maximum(-low, high) / (self.q_max if self.narrow_range else self.q_max + 0.5)
-        else:
-            scale = high / self.q_max - low / self.q_max
-        # An all-zero channel has no range; any scale represents it exactly.
-        scale = torch.where(scale > 0, scale.clamp(min=SMALLEST_STEP), torch.ones_like(scale))
-        return scale, torch.zeros_like(scale) if self.symmetric else torch.round(low.abs() / scale)
+        largest = torch.maximum(-low.to(dtype).clamp(max=0), high.to(dtype).clamp(min=0))
+        scale = _usable_scale(largest / (self.q_max if self.narrow_range else self.q_max + 0.5))
+        return scale, torch.zeros_like(scale)
 
     def observe(self, x: Tensor) -> None:
         x = check_observed(x)

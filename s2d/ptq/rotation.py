@@ -4,7 +4,7 @@ r"""Rotations of what is quantized: outliers are spread over all channels, and t
 
 The rotated input is made online, at every call: that is the price (:func:`rotation_flops`). Used as a transform:
 
-    >>> from functools import partial, reduce
+    >>> from functools import partial
     >>> from s2d.ptq import quantize
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
     >>> options = {"w_bits": 4, "a_bits": 4, "calibration": torch.randn(32, 8)}
@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from functools import partial, reduce
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
 
 from s2d.ptq.calibrate import Seen, first_items, site_inputs, visit_sites
-from s2d.ptq.quantizers import SWITCHED_OFF, AffineQuantizer, check_bits
+from s2d.ptq.products import multiply
+from s2d.ptq.quantizers import SWITCHED_OFF, check_bits, fake_quantize, minmax_grid
 from s2d.ptq.sites import QuantizedLinear, QuantizedProduct, Site, products, quantized_layers
 from s2d.ptq.trace import call, tensors_of
 
@@ -375,6 +376,12 @@ def _check_function(before: list[Tensor], after: list[Tensor]) -> None:
 # --- learning ---
 
 
+# Times 1 / width: between widths of 16 and 256 the best rates on calibration data were in about this proportion.
+LEARNING_RATE = 0.6
+LOOK_EVERY = 10  # steps from one candidate to the next
+LEARNED_FROM = 0.75  # of the rows
+WHOLE = (0.0, 1.0)
+
 Terms = list[tuple[Tensor, bool, float]]
 
 
@@ -393,7 +400,8 @@ def _rows(x: Tensor, dim: int) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
-def rotation_error(matrix: Tensor, terms: Terms, bits: int, part: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+@torch.no_grad()
+def rotation_error(matrix: Tensor, terms: Terms, bits: int, part: tuple[float, float] = WHOLE) -> Tensor:
     """The relative squared quantization errors of data rotated by a matrix, summed.
 
     Args:
@@ -405,8 +413,7 @@ def rotation_error(matrix: Tensor, terms: Terms, bits: int, part: tuple[float, f
             first fraction on, around the end, of the length of the second. What is beyond is clamped.
 
     Returns:
-        A scalar. Its gradient is that of the straight-through estimator: the squared error is the squared step times a
-        rounding residual that is taken as constant, or, where clamped, the squared distance to the end of the range.
+        A scalar.
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # on the grid of 2 bits as it is
@@ -415,30 +422,113 @@ def rotation_error(matrix: Tensor, terms: Terms, bits: int, part: tuple[float, f
 
     Paper: none.
     """
-    total = matrix.new_zeros(())
+    return rotation_errors(matrix, terms, bits, [part])[0]
+
+
+@torch.no_grad()
+def rotation_errors(matrix: Tensor, terms: Terms, bits: int, parts: list[tuple[float, float]]) -> list[Tensor]:
+    """:func:`rotation_error` for each of several parts, for which the data is rotated once.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> rotation_errors(torch.eye(2), [(x, False, 1.0)], 2, [(0.0, 1.0), (0.0, 0.5)])
+        [tensor(0.), tensor(0.3571)]
+
+    Paper: none.
+    """
+    totals = [matrix.new_zeros(()) for _ in parts]
     for x, per_row, weight in terms:
-        rotated = x @ matrix.T
-        if per_row:
-            low, high = rotated.amin(1, True), rotated.amax(1, True)
-        else:
-            pieces = _run(rotated, *part)
-            low, high = (reduce(pick, (end(piece) for piece in pieces)) for pick, end in _ENDS)
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        beyond = rotated - torch.minimum(torch.maximum(rotated, low), high)
-        with torch.no_grad():
-            quantizer = AffineQuantizer(bits, granularity="per_channel" if per_row else "per_tensor")
-            quantizer.set_range(low, high)
-            squares = (quantizer(rotated) - rotated).square_()
-            rounding = squares.where(beyond == 0, 0)
-            rounding = rounding.sum(1, True) if per_row else rounding.sum()
-            step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(low.dtype).tiny ** 0.25)
-        changing = beyond.square().sum() + (((high - low) / (2**bits - 1) / step).square() * rounding).sum()
-        error = squares.sum() + changing - changing.detach()
-        total = total + weight * error / x.square().sum().clamp(min=torch.finfo(x.dtype).tiny)
-    return total
+        rotated = multiply(x, matrix.T)
+        # A grid of one row alone has no part of the rows.
+        errors = [Rounding.of(rotated, per_row, bits, part).error.sum() for part in (parts[:1] if per_row else parts)]
+        for i in range(len(parts)):
+            totals[i] = totals[i] + weight * errors[0 if per_row else i] / _size(x)
+    return totals
 
 
-_ENDS = ((torch.minimum, Tensor.amin), (torch.maximum, Tensor.amax))
+@torch.no_grad()
+def rotation_slope(matrix: Tensor, terms: Terms, bits: int, part: tuple[float, float] = WHOLE) -> Tensor:
+    """The gradient of :func:`rotation_error`, ``(n, n)``; arguments as there.
+
+    It is that of the straight-through estimator: the squared error is the squared step times a rounding residual that
+    is taken as constant, or, where clamped, the squared distance to the end of the range. So it hangs on the entries at
+    the ends of the ranges and beyond alone, which are few.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.4], [2.0, 3.0]])
+        >>> rotation_slope(torch.eye(2), [(x, False, 1.0)], 2)  # of 0.4 ** 2 with the step 3 / 3
+        tensor([[0.0000, 0.0000],
+                [0.0143, 0.0214]])
+
+    Paper: none.
+    """
+    slope = torch.zeros_like(matrix)
+    for x, per_row, weight in terms:
+        places, slopes = Rounding.of(multiply(x, matrix.T), per_row, bits, part).slopes(bits)
+        rows, channels = places // len(matrix), places % len(matrix)
+        slope.index_add_(0, channels, (slopes * weight / _size(x))[:, None] * x[rows])
+    return slope
+
+
+def _size(x: Tensor) -> Tensor:
+    return x.square().sum().clamp(min=torch.finfo(x.dtype).tiny)
+
+
+@dataclass
+class Rounding:
+    """What min-max grids do to data ``(N, n)`` with one for each row, or one for all.
+
+    Attributes:
+        low, high: the ends of the ranges before they are widened to hold zero, ``(grids,)``.
+        lowest, highest: the entries that they are from, by their place in the flattened data.
+        squares: squared errors, ``(grids, entries)``.
+        beyond: how far the entries are out of range, of that shape; None where all are in it.
+    """
+
+    low: Tensor
+    high: Tensor
+    lowest: Tensor
+    highest: Tensor
+    squares: Tensor
+    beyond: Tensor | None
+
+    @classmethod
+    def of(cls, data: Tensor, per_row: bool, bits: int, part: tuple[float, float]) -> Rounding:
+        """Round some data; ``part`` as for :func:`rotation_error`."""
+        grids, first, count = data if per_row else data.reshape(1, -1), 0, data.shape[1]
+        reach = grids
+        if not per_row and part != WHOLE:
+            first, reach = int(part[0] * len(data)) * data.shape[1], torch.cat(_run(data, *part)).reshape(1, -1)
+        low, high = reach.min(1), reach.max(1)
+        scale, zero_point = minmax_grid(low.values[:, None], high.values[:, None], bits)
+        starts = torch.arange(len(grids), device=data.device) * count + first
+        lowest, highest = ((end.indices + starts) % data.numel() for end in (low, high))
+        ends = low.values.clamp(max=0)[:, None], high.values.clamp(min=0)[:, None]
+        beyond = None if reach is grids else grids - grids.clamp(*ends)
+        squares = fake_quantize(grids, scale, zero_point, 0, 2**bits - 1).sub_(grids).square_()
+        return cls(low.values, high.values, lowest, highest, squares, beyond)
+
+    @property
+    def error(self) -> Tensor:
+        """The squared error of each grid, ``(grids,)``."""
+        return self.squares.sum(1)
+
+    def slopes(self, bits: int) -> tuple[Tensor, Tensor]:
+        """Where the gradient of the error is not zero, by place in the flattened data, and what it is there."""
+        rounding = self.error if self.beyond is None else self.squares.where(self.beyond == 0, 0).sum(1)
+        width = self.high.clamp(min=0) - self.low.clamp(max=0)
+        steps = 2**bits - 1
+        step = (width / steps).clamp(min=torch.finfo(width.dtype).tiny ** 0.25)
+        stretched = 2 * width * rounding / (steps * step).square()  # the slope of the squared step
+        high, low = stretched.where(self.high > 0, 0), -stretched.where(self.low < 0, 0)
+        if self.beyond is None:
+            return torch.cat([self.lowest, self.highest]), torch.cat([low, high])
+        low = low - 2 * self.beyond.clamp(max=0).sum(1)
+        high = high - 2 * self.beyond.clamp(min=0).sum(1)
+        low, high = low.where(self.low < 0, 0), high.where(self.high > 0, 0)
+        outside = self.beyond.flatten().nonzero()[:, 0]
+        places = torch.cat([self.lowest, self.highest, outside])
+        return places, torch.cat([low, high, 2 * self.beyond.flatten()[outside]])
 
 
 def _run(rows: Tensor, start: float, length: float) -> list[Tensor]:
@@ -446,12 +536,6 @@ def _run(rows: Tensor, start: float, length: float) -> list[Tensor]:
     first, count = int(start * len(rows)), math.ceil(length * len(rows))
     pieces = [rows[first : first + count], rows[: max(0, first + count - len(rows))]]
     return [piece for piece in pieces if len(piece)]
-
-
-def unseen_error(matrix: Tensor, terms: Terms, bits: int) -> float:
-    """:func:`rotation_error` where shared grids reach over the rows that are learned from, and the error is of all."""
-    with torch.no_grad():
-        return rotation_error(matrix, terms, bits, (0.0, LEARNED_FROM)).item()
 
 
 def learn_rotation(start: Rotation, terms: Terms, *, bits: int, steps: int, rows: int) -> Rotation:
@@ -480,15 +564,14 @@ def learn_rotation(start: Rotation, terms: Terms, *, bits: int, steps: int, rows
     learned.matrix.copy_(initial)
     if start.width == 1:
         return learned
-    least = unseen_error(initial, terms, bits)
-    with torch.no_grad():
-        most = rotation_error(initial, terms, bits)
+    # The error of all rows with shared grids that reach over those that are learned from, or over all.
+    reaches = [(0.0, LEARNED_FROM), WHOLE]
+    least, most = rotation_errors(initial, terms, bits, reaches)
     for matrix in _descend(initial, sample, bits, torch.rand(steps, generator=generator).tolist()):
-        error = unseen_error(matrix, terms, bits)
-        with torch.no_grad():
-            if error < least and rotation_error(matrix, terms, bits) <= most:
-                least = error
-                learned.matrix.copy_(matrix)
+        unseen, all_seen = rotation_errors(matrix, terms, bits, reaches)
+        if unseen < least and all_seen <= most:
+            least = unseen
+            learned.matrix.copy_(matrix)
     return learned
 
 
@@ -501,36 +584,65 @@ def _sample(x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     return x[torch.cat([loud, rest[picked]]).sort().values]  # still by image
 
 
-# Times 1 / width: between widths of 16 and 256 the best rates on calibration data were in about this proportion.
-LEARNING_RATE = 0.6
-LOOK_EVERY = 10  # steps from one candidate to the next
-LEARNED_FROM = 0.75  # of the rows
+def _descend(initial: Tensor, sample: Terms, bits: int, starts: list[float]) -> Iterator[Tensor]:
+    r"""Matrices on the way, orthogonal to the last digit; one step for each start of a half.
 
+    With A skew-symmetric, of a lower triangle that Adam steps, the matrix is Cayley's
 
-@torch.enable_grad()
-def _descend(initial: Tensor, sample: Terms, bits: int, starts: list[float]) -> list[Tensor]:
-    """Matrices on the way, orthogonal to the last digit; one step for each start of a half."""
-    box = nn.Module()
-    box.weight = nn.Parameter(initial.clone())
-    orthogonal(box, "weight", orthogonal_map="cayley", use_trivialization=True)
-    optimizer = torch.optim.Adam(box.parameters(), lr=LEARNING_RATE / len(initial))
+    .. math:: R = R_0 (I + A/2)(I - A/2)^{-1} = R_0 (K - I), \qquad K = 2 (I - A/2)^{-1}
+
+    of which :math:`\mathrm dR = R_0 K \, \mathrm dA \, K / 4`.
+    """
+    identity = torch.eye(len(initial), dtype=initial.dtype, device=initial.device)
+    lower = torch.zeros_like(initial)
+    optimizer = torch.optim.Adam([lower], lr=LEARNING_RATE / len(initial))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(starts))
-    way = []
+    inverse, matrix = 2 * identity, initial
     for index, start in enumerate(starts, 1):
-        optimizer.zero_grad()
-        rotation_error(box.weight, sample, bits, (start, 0.5)).backward()
+        slope = rotation_slope(matrix, sample, bits, (start, 0.5))
+        slope = multiply(multiply((matrix + initial).T, slope), inverse.T) / 4
+        lower.grad = (slope - slope.T).tril_(-1)
         optimizer.step()
         schedule.step()
+        inverse = 2 * inverse_of_dominant(identity - (lower - lower.T) / 2)
+        matrix = multiply(initial, inverse - identity)
         if index % LOOK_EVERY == 0 or index == len(starts):
-            way.append(nearest_orthogonal(box.weight.detach()))
-    return way
+            yield nearest_orthogonal(matrix)
+
+
+INVERTED_WHOLE = 96  # up to this size LAPACK's inverse is faster than more products
+
+
+def inverse_of_dominant(matrix: Tensor) -> Tensor:
+    """The inverse of a matrix whose symmetric part is positive definite, such as I + A with A skew-symmetric.
+
+    By blocks, none of which needs pivots: mostly products of matrices, which take half the time of LAPACK's inverse.
+
+    Example:
+        >>> inverse_of_dominant(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+        tensor([[ 0.5000,  0.5000],
+                [-0.5000,  0.5000]])
+
+    Paper: none.
+    """
+    if len(matrix) <= INVERTED_WHOLE:
+        return torch.linalg.inv(matrix)
+    half = len(matrix) // 2
+    (a, b), (c, d) = (part.split([half, len(matrix) - half], 1) for part in matrix.split([half, len(matrix) - half]))
+    first = inverse_of_dominant(a)
+    left, right = multiply(c, first), multiply(first, b)
+    last = inverse_of_dominant(d - multiply(left, b))
+    corner = multiply(right, last)
+    return torch.cat(
+        [torch.cat([first + multiply(corner, left), -corner], 1), torch.cat([-multiply(last, left), last], 1)]
+    )
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """The orthogonal matrix nearest to one that is orthogonal but for rounding.
 
-    Newton's iteration for the polar factor, from 1e-4 or less to the last digit in two steps: a hundredth of the time
-    of the singular value decomposition.
+    Newton's iteration for the polar factor, which squares the distance from orthogonal: from 1e-6 or so to the last
+    digit in one step, a hundredth of the time of the singular value decomposition.
 
     Example:
         >>> torch.allclose(nearest_orthogonal(torch.eye(2) + 1e-5), torch.eye(2), atol=1e-7)
@@ -538,7 +650,9 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
 
     Paper: none.
     """
-    found = matrix.double()
-    for _ in range(2):
-        found = 1.5 * found - 0.5 * found @ (found.T @ found)
+    found, distance = matrix.double(), 1.0
+    while distance > 1e-5:
+        gram = found.T @ found
+        distance = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().amax().item()
+        found = 1.5 * found - 0.5 * found @ gram
     return found.to(matrix.dtype)

@@ -80,6 +80,21 @@ def twin_gelu(x: Tensor, step: Tensor, n_bits: int) -> Tensor:
     return fake_quantize(values, step, 0, 0, levels - 1).add_(below).to(x.dtype)
 
 
+def gelu_parts(x: Tensor, step: Tensor, n_bits: int) -> list[tuple[Tensor, Tensor]]:
+    """:func:`twin_gelu` as a sum of two products of codes (int8) and steps; arguments as there.
+
+    Example:
+        >>> x, step = torch.tensor([-0.1, 0.4, 2.0]), torch.tensor([0.5])
+        >>> sum(codes * steps for codes, steps in gelu_parts(x, step, 2))
+        tensor([-0.0850,  0.5000,  0.5000])
+
+    Paper: none.
+    """
+    levels = 2 ** (n_bits - 1)
+    sides = (torch.full_like(step, GELU_MINIMUM / levels), -levels, 0), (step, 0, levels - 1)
+    return [(round_to_grid(x, scale, 0, *ends).to(torch.int8), scale) for scale, *ends in sides]
+
+
 class TwinUniformGELU(Quantizer):
     """Quantizer for GELU's output, see :func:`twin_gelu`; min-max calibration of the positive side.
 
@@ -219,6 +234,23 @@ def twin_tail(x: Tensor, fine: Tensor, coarse: Tensor, n_bits: int) -> Tensor:
     inner = fake_quantize(values, fine, zero, 0, levels - 1)
     steps = round_to_grid(values - end, coarse, 0, 0, levels)
     return torch.where(steps > 0, steps * coarse + end, inner).to(x.dtype)
+
+
+def tail_parts(x: Tensor, fine: Tensor, coarse: Tensor, n_bits: int) -> list[tuple[Tensor, Tensor]]:
+    """:func:`twin_tail` as a sum of two products of codes (int8) and steps; arguments as there, up to 7 bits.
+
+    Example:
+        >>> x = torch.tensor([-0.1, 0.4, 9.0])
+        >>> sum(codes * steps for codes, steps in tail_parts(x, torch.tensor([0.1]), torch.tensor([2.0]), 3))
+        tensor([-0.1000,  0.1000,  8.1000])
+
+    Paper: none.
+    """
+    levels = 2 ** (n_bits - 1)
+    zero, end = _fine_grid(fine, n_bits)
+    inner = round_to_grid(x, fine, zero, 0, levels - 1).sub_(zero)  # the end of the fine grid where x is beyond
+    beyond = round_to_grid(x - end, coarse, 0, 0, levels)
+    return [(inner.to(torch.int8), fine), (beyond.to(torch.int8), coarse)]
 
 
 class TwinUniformTail(Quantizer):
