@@ -107,9 +107,7 @@ def encoder_differences(evidence: pd.DataFrame) -> Figure:
         own = own[own.measure == "accuracy"]
         parts.append(f"{int((own.low > 0).sum())} more accurate under {method}, {int((own.high < 0).sum())} less")
     title = f"Of {differences['first'].nunique()} arms, against AdamW at {LOWEST}: {'; '.join(parts)}"
-    return forest_panels(
-        differences, rows="first", panels=[("FP", "FP"), *SHOWN], claim="better than AdamW", title=title
-    )
+    return forest_panels(differences, rows="first", panels=[("FP", "FP"), *SHOWN], claim="better than AdamW", title=title)
 
 
 def written(layers: pd.DataFrame) -> pd.DataFrame:
