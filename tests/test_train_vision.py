@@ -280,6 +280,9 @@ def test_classes_of_validation_that_are_not_trained_on_are_named(data, tmp_path,
 def test_a_folder_with_other_things_and_a_model_of_another_library_are_refused(data, tmp_path, capsys):
     told = fails([*VIT, *sources(data), "-o", str(data), *settings()], capsys)
     assert "holds something else than a run" in told
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert "cannot be written" in fails([*VIT, *sources(data), "-o", str(out), *settings()], capsys)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}')
     (tmp_path / "model" / "model.safetensors").touch()

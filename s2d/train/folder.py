@@ -48,13 +48,13 @@ class RunFolder:
             resume: ``"auto"``, or ``"never"`` to refuse a folder that holds a run.
             free: names of settings that may differ.
         """
-        if not can_write(self.path, folder=True) and not self.path.parent.is_dir():
-            nearest = next(parent for parent in self.path.resolve().parents if parent.exists())
-            if not can_write(nearest / "x"):
-                raise ValueError(f"-o {self.path} cannot be written: give a folder in one that takes files")
+        nearest = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not can_write(nearest / SETTINGS):
+            raise ValueError(f"-o {self.path} cannot be written: give a folder in one that takes files")
         file = self.path / SETTINGS
         if not file.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            # What begins with a dot is left of a first file whose writing was interrupted.
+            if self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise ValueError(f"-o {self.path} holds something else than a run: give a folder that is empty or new")
             return
         if resume == "never":
