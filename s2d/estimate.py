@@ -47,7 +47,8 @@ MEASURED_K = 3  # components that the penalty is timed with
 CALIBRATION_WIDTHS = (192, 384, 768)  # of transformer blocks
 CALIBRATION_TOKENS = 197
 REFRESH_WIDTHS = (256, 768, 2048)
-PENALTY_LAYERS = ((256, 24), (1024, 6))  # width, and how many
+# Width, and how many. No large powers of two: their columns fall on the same lines of a processor's cache.
+PENALTY_LAYERS = ((192, 24), (384, 12), (768, 8))
 DRIFT = (
     1e-3  # relative change of a weight between two refreshes; a training step moves them less at the end, more at first
 )

@@ -79,9 +79,9 @@ def _run(args: argparse.Namespace) -> None:
     else:
         from s2d.train.language import train_language
 
-        for name in ("arch", "pretrained"):
-            if getattr(args, name):
-                raise ValueError(f"--{name} is not for a language model: leave it out")
+        given = {"arch": args.arch, "pretrained": args.pretrained, "model-options": json_object(args.model_options)}
+        for name in (name for name, value in given.items() if value):
+            raise ValueError(f"--{name} is not for a language model: leave it out")
         result = train_language(args.model, args.data, args.output, **common)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(f"{name.replace('_', ' '):16}  {_shown(value)}" for name, value in result.items()))

@@ -17,7 +17,7 @@ from torch import nn
 
 from s2d.bound import spectral_norm_bounds
 from s2d.console import say
-from s2d.distributed import whole
+from s2d.distributed import is_dtensor, whole
 from s2d.files import write_folder_atomically, write_text
 from s2d.layers import linear_maps
 from s2d.models.loading import load_model, model_source
@@ -75,7 +75,10 @@ def train_language(
     micro, accumulation = share_of(settings, processes.num_processes)
     args = argparse.Namespace(model=model, arch=None, model_options={}, pretrained=False, sequence_length=1)
     source = model_source(args)
-    rows, val_rows = read_conversations(data, "--data"), read_conversations(val, "--val") if val else []
+    if val == data:
+        raise ValueError(f"--val is --data, {data}: give other conversations, or leave --val out")
+    rows = read_conversations(data, "--data")
+    val_rows = read_conversations(val, "--val") if val else []
     _check_count(len(rows), data, settings)
     folder = RunFolder(output)
     described = {
@@ -90,6 +93,8 @@ def train_language(
     folder.check(described, resume=resume, free=free_names(LanguageSettings))
     processes.wait_for_everyone()
     if (done := folder.done()) is not None:
+        if processes.is_main_process:
+            say(f"{output} is done")
         return done
     transformers.set_seed(settings.seed)
     subject = load_model(args, source)
@@ -355,7 +360,9 @@ def _finish(
     result = {"epochs": settings.epochs, "steps": trainer.state.global_step, "conversations": count}
     result |= history.rows[-1]
     net = trainer.accelerator.unwrap_model(trainer.model)
-    state = {name: whole(tensor).cpu() for name, tensor in net.state_dict().items()}
+    state = None
+    if any(is_dtensor(parameter) for parameter in net.parameters()):
+        state = {name: whole(tensor).cpu() for name, tensor in net.state_dict().items()}
     if processes.is_main_process:
         net.config.use_cache = json.loads((subject.folder / "config.json").read_text()).get("use_cache", True)
 

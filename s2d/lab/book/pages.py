@@ -33,6 +33,7 @@ SECTIONS = {
     "real": "Real networks",
     "language": "Language models",
     "encoder": "A real encoder",
+    "self_supervised": "A self-supervised backbone",
     "claims": "The paper's claims",
 }
 

@@ -102,10 +102,12 @@ def sections() -> dict[str, list[PublishedFigure]]:
         origins,
         ptq,
         real,
+        self_supervised,
         testbed,
     )
 
-    modules = (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier, real, language, encoder, claims)
+    modules = (testbed, origins, bound, finetuning, ptq, evidence, ablations, frontier)
+    modules += (real, language, encoder, self_supervised, claims)
     names = [module.__name__ for module in modules]
     return {name.rpartition(".")[2]: [f for f in _FIGURES if f.draw.__module__ == name] for name in names}
 
