@@ -116,6 +116,8 @@ def test_the_miniature_measures_what_its_jobs_did(tables):
     folder = tables["6"].parents[2]
     erq = pd.concat(pd.read_csv(tables[table]) for table in ("6", "11"))
     assert erq["value"].nunique() > 2 and erq["value"].max() > 30  # of four classes
+    found = json.loads((folder / "build/paper_tiny/trainings/siglip2-b-16-384/s2d/seed0.json").read_text())
+    assert found["s2d_layers"] > 0  # so that resuming a training resumes a decay
     language = pd.read_csv(tables["9"])
     assert 0 < language["value"].max() < 100
     runs = folder / "build" / "paper_tiny" / "runs" / "siglip2-b-16-384"
