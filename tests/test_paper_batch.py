@@ -23,10 +23,12 @@ import yaml
 
 from s2d.lab.paper_scale.experiments import TABLES, reported_rows
 from s2d.lab.paper_scale.merge import compare
+from s2d.lab.paper_scale.split import put_aside
 from s2d.lab.paper_scale.tiny import make_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = [table for table in TABLES if table != "sweep"]
+SWEEP = "{network: SigLIP2-B/16-384, quantizer: ERQ, bits: [W4A4], set: {lr: [5e-3, 1e-2]}}"
 LOST = "6 7 8 9 11"  # tables of the batch whose jobs are lost: 42 jobs
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -82,9 +84,19 @@ def snakemake(folder: Path, *arguments: str, path: str = "", **environment: str)
 def tables(client, made, tmp_path_factory) -> dict[str, Path]:
     """Every table of the paper, made on this machine."""
     folder = place(tmp_path_factory.mktemp("local"), made)
-    done = snakemake(folder, "--cores", "2", "--config", f"python={client}")
+    put_aside(made / "imagenet" / "train", folder / "split", share=0.25, seed=0)
+    asked = [f"tables={' '.join(TABLES)}", f"IMAGENET_SPLIT={folder / 'split'}", f"sweep={SWEEP}"]
+    done = snakemake(folder, "--cores", "2", "--config", f"python={client}", *asked)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return {table: folder / "data" / "tiny" / f"{TABLES[table]}.csv" for table in PAPERS}
+    return {table: folder / "data" / "tiny" / f"{TABLES[table]}.csv" for table in TABLES}
+
+
+def test_a_sweep_has_a_row_for_each_setting_on_the_images_put_aside(tables):
+    found = pd.read_csv(tables["sweep"], keep_default_na=False)
+    assert list(zip(found["lr"], found["bits"], strict=True)) == [
+        (lr, b) for lr in (5e-3, 1e-2) for b in ("FP", "W4A4")
+    ]
+    assert (found["items"] == 16).all() and set(found["dataset"]) == {"put aside"}
 
 
 def test_every_number_of_the_paper_that_a_job_can_give_has_one_of_ours(tables):
@@ -104,6 +116,8 @@ def test_the_miniature_measures_what_its_jobs_did(tables):
     folder = tables["6"].parents[2]
     erq = pd.concat(pd.read_csv(tables[table]) for table in ("6", "11"))
     assert erq["value"].nunique() > 2 and erq["value"].max() > 30  # of four classes
+    found = json.loads((folder / "build/paper_tiny/trainings/siglip2-b-16-384/s2d/seed0.json").read_text())
+    assert found["s2d_layers"] > 0  # so that resuming a training resumes a decay
     language = pd.read_csv(tables["9"])
     assert 0 < language["value"].max() < 100
     runs = folder / "build" / "paper_tiny" / "runs" / "siglip2-b-16-384"

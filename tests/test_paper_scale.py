@@ -345,7 +345,11 @@ def test_measurements_become_the_papers_rows_in_its_order(tmp_path, monkeypatch,
     assert main(["merge", "8", "--config", json.dumps(config), "--cells", *map(str, files)]) == 0
     assert main(["show", "8", "--run", "trial"]) == 0
     shown = capsys.readouterr().out
+    assert "smoke run" not in shown
     assert re.search(r"AdamW W8A8 +58\.03 +0\.50 +0\.71 +-57\.53 +2 +no", shown)
+    smoke = json.dumps(config | {"smoke": True})
+    assert main(["merge", "8", "--config", smoke, "--cells", *map(str, files)]) == 0
+    assert main(["show", "8", "--run", "trial"]) == 0 and "a smoke run" in capsys.readouterr().out
     assert main(["show", "6", "--run", "trial"]) == 2 and "make paper" in capsys.readouterr().err
     refused = json.dumps(config | {"run": "paper"})
     assert main(["merge", "8", "--config", refused, "--cells", *map(str, files)]) == 2

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from s2d.lab.paper_scale.experiments import TABLES, Cell, Row, check_table, reported_rows, rows
+from s2d.lab.paths import output_root, repository_root
 from s2d.lab.results import load_table, provenance, save_table
 
 RUN = "paper_scale"
@@ -201,12 +202,18 @@ def shown(table: str, *, run: str) -> str:
     """
     check_table(table)
     ours = load_table(TABLES[table], run=run)
+    warning = "a smoke run: its numbers mean nothing\n" if _is_smoke(table, run) else ""
     if table == "sweep":
-        return ours.to_string(index=False, na_rep="")
+        return warning + ours.to_string(index=False, na_rep="")
     found = compare(ours, table)
     named = [name for name in found.columns[: list(found.columns).index("reported")] if found[name].nunique() > 1]
     numbers = found[["reported", "ours", "std", "difference"]].map(
         lambda number: "" if pd.isna(number) else f"{number:.2f}"
     )
-    lines = pd.concat([found[named], numbers, found[["seeds", "inside"]]], axis=1)
-    return lines.to_string(index=False)
+    return warning + pd.concat([found[named], numbers, found[["seeds", "inside"]]], axis=1).to_string(index=False)
+
+
+def _is_smoke(table: str, run: str) -> bool:
+    files = (root / "data" / run / f"{TABLES[table]}.json" for root in (output_root(), repository_root()))
+    found = next((file for file in files if file.is_file()), None)
+    return found is not None and json.loads(found.read_text(encoding="utf-8"))["parameters"]["smoke_run"]

@@ -19,8 +19,8 @@ HOW = {
     "split IMAGENET/train -o FOLDER (settings are never chosen on the test set)",
     "gsm8k": "GSM8K=FOLDER with train.jsonl and test.jsonl (the repository openai/grade-school-math of GitHub, folder "
     "grade_school_math/data)",
-    "dolci": "DOLCI=SOURCE, conversations as s2d train language takes them (the paper says Dolci and not which part: "
-    "a Dolci SFT set of the hub, such as allenai/Dolci-Instruct-SFT, cut to under a billion tokens)",
+    "dolci": "DOLCI=SOURCE, conversations as s2d train language takes them (the paper says Dolci, the post-training "
+    "data of Olmo 3, and not which part: one of its SFT sets of the Hugging Face hub, cut to under a billion tokens)",
 }
 """What each key of ``data`` is, and how it is got."""
 GPU = "a GPU that torch can use on this machine; on a cluster, PROFILE=slurm and the like"
