@@ -493,7 +493,8 @@ def save_measured(stage: str, seeds: Sequence[int], subject: Subject) -> pd.Data
     network = table.groupby(["variant", "seed", "key"], sort=False).ngroup()
     table = table.iloc[pd.DataFrame({"network": network, "place": place}).sort_values(["network", "place"]).index]
     parameters = {"backbone": subject.backbone, "image_size": subject.image_size, "steps": STEPS}
-    parameters |= {"batch_size": BATCH_SIZE, "refresh_every": REFRESH_EVERY, "seeds": seeds}
+    parameters |= {"batch_size": BATCH_SIZE, "refresh_every": REFRESH_EVERY}
+    parameters["seeds"] = sorted({int(seed) for seed in table.seed})
     source = provenance("s2d.lab.self_supervised", parameters)
     save_table(table.reset_index(drop=True), stage, run=subject.run, source=source)
     if stage == "evidence":
