@@ -19,6 +19,7 @@ API = {
     "core": ("The core", ("s2d",)),
     "ptq": ("Quantization", ("s2d.ptq", "s2d.ptq.checkpoint", "s2d.ptq.qat", "s2d.ptq.int8")),
     "models": ("Real networks", ("s2d.models", "s2d.diagnosis")),
+    "train": ("Training", ("s2d.train.vision", "s2d.train.language", "s2d.train.settings", "s2d.estimate")),
     "integrations": ("Trainers", ("s2d.integrations.transformers", "s2d.integrations.lightning")),
 }
 SECTIONS = {
