@@ -20,6 +20,7 @@ from s2d.lab.paper_scale.experiments import TABLES
 from s2d.lab.paths import repository_root
 from s2d.lab.recipes import S2D_DECOUPLED
 from s2d.lab.results import load_table
+from s2d.lab.statistics import mean_and_deviation
 
 PAGES = ("README.md", "RESULTS.md", "REPRODUCING.md", "docs/real_networks.md")
 RUN = "laptop"
@@ -37,16 +38,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """
     lines = [list(header), ["---"] * len(header), *map(list, rows)]
     return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
-
-
-def mean_and_deviation(values: pd.Series, digits: int = 1) -> str:
-    """``mean ± standard deviation``.
-
-    Example:
-        >>> mean_and_deviation(pd.Series([1.0, 2.0, 3.0]))
-        '2.0 ± 1.0'
-    """
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
 
 def _accuracies(table: pd.DataFrame, cells: Sequence[tuple[str, str]]) -> list[str]:

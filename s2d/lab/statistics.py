@@ -197,6 +197,16 @@ def mean_and_spread(table: pd.DataFrame, by: list[str], values: list[str]) -> pd
     return out.reset_index()
 
 
+def mean_and_deviation(values: pd.Series, digits: int = 1) -> str:
+    """``mean ± standard deviation``.
+
+    Example:
+        >>> mean_and_deviation(pd.Series([1.0, 2.0, 3.0]))
+        '2.0 ± 1.0'
+    """
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
 def pareto_front(points: pd.DataFrame, x: str, y: str) -> pd.Series:
     """Which rows no other row beats: none is at least as good in both columns and better in one.
 
