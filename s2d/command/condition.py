@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from s2d.command.data import open_data
 from s2d.command.outcome import before_and_after, write_outcome
 from s2d.console import exit_code, say
-from s2d.files import can_write, write_folder_atomically, write_text
+from s2d.files import write_folder_atomically, write_text
 from s2d.models.conditioning import (
     FORMS,
     LAM,
@@ -39,6 +39,7 @@ from s2d.ptq.command.arguments import (
     Parser,
     add_model_arguments,
     add_run_arguments,
+    check_can_write,
     json_object,
     usable_device,
     whole,
@@ -175,8 +176,7 @@ def _check_output(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"-o {args.output} exists: give another folder, or --overwrite")
     for option, path in (("-o", args.output), ("--json", args.json), ("--html", args.html)):
-        if path is not None and not can_write(path, folder=option == "-o"):
-            raise ValueError(f"{option} {path} cannot be written: give one in a folder that exists and takes files")
+        check_can_write(option, path, folder=option == "-o")
 
 
 def _chosen(subject: Subject, args: argparse.Namespace) -> list[str] | None:

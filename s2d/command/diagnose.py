@@ -13,13 +13,14 @@ from s2d.command.data import Stream, open_data
 from s2d.command.letter import write_letter
 from s2d.console import exit_code, say
 from s2d.diagnosis import LayerDiagnosis, diagnose
-from s2d.files import can_write, write_text
+from s2d.files import write_text
 from s2d.models.loading import load_model, model_source
 from s2d.packages import need
 from s2d.ptq.command.arguments import (
     Parser,
     add_model_arguments,
     add_run_arguments,
+    check_can_write,
     json_object,
     usable_device,
     whole,
@@ -59,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     args.model_options, args.device = json_object(args.model_options), usable_device(args.device)
     for option, path in (("--json", args.json), ("--html", args.html)):
-        if path is not None and not can_write(path):
-            raise ValueError(f"{option} {path} cannot be written: give one in a folder that exists and takes files")
+        check_can_write(option, path)
     if args.html is not None:
         need("matplotlib", "--html")
     if not 0 < args.tau <= 1:

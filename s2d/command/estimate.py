@@ -22,7 +22,7 @@ from s2d.estimate import (
     predict,
     speed_as_text,
 )
-from s2d.files import can_write, write_text
+from s2d.files import write_text
 from s2d.layers import linear_maps
 from s2d.models.loading import load_model, model_source
 from s2d.models.subject import Subject, logits
@@ -30,6 +30,7 @@ from s2d.ptq.command.arguments import (
     Parser,
     add_model_arguments,
     add_run_arguments,
+    check_can_write,
     json_object,
     usable_device,
     whole,
@@ -119,8 +120,7 @@ def _run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     args.model_options, args.device = json_object(args.model_options), usable_device(args.device)
     for option, path in (("--json", args.json), ("--save-speed", args.save_speed)):
-        if path is not None and not can_write(path):
-            raise ValueError(f"{option} {path} cannot be written: give one in a folder that exists and takes files")
+        check_can_write(option, path)
     if args.precision not in PRECISIONS:
         raise ValueError(f"--precision is {args.precision!r}: choose one of {', '.join(PRECISIONS)}")
     if args.criterion not in CRITERIA:

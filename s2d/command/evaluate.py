@@ -12,7 +12,7 @@ from torch import nn
 
 from s2d.command.data import open_data
 from s2d.console import exit_code, say
-from s2d.files import can_write, write_text
+from s2d.files import write_text
 from s2d.models import problems
 from s2d.models.loading import load_model, model_source
 from s2d.models.problems import read_problems, solve
@@ -24,6 +24,7 @@ from s2d.ptq.command.arguments import (
     Parser,
     add_model_arguments,
     add_run_arguments,
+    check_can_write,
     json_object,
     usable_device,
     whole,
@@ -67,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     args.model_options, args.device = json_object(args.model_options), usable_device(args.device)
     args.images = 64  # of random data
-    if args.json is not None and not can_write(args.json):
-        raise ValueError(f"--json {args.json} cannot be written: give one in a folder that exists and takes files")
+    check_can_write("--json", args.json)
     if args.quantized is not None and not args.quantized.is_dir():
         raise ValueError(f"--quantized {args.quantized} is no folder: give one that s2d quantize --save wrote")
     if args.questions is not None and not args.questions.is_file():

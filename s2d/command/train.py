@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from s2d.console import exit_code
-from s2d.files import can_write, write_text
-from s2d.ptq.command.arguments import Parser, add_model_arguments, json_object
+from s2d.files import write_text
+from s2d.ptq.command.arguments import Parser, add_model_arguments, check_can_write, json_object
 from s2d.train.settings import LanguageSettings, VisionSettings, read_settings, recipe_names
 
 DESCRIPTION = """Fine-tune a network, with or without S2D. OUT/model becomes an ordinary checkpoint, OUT/history.csv has
@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     kind = VisionSettings if args.kind == "vision" else LanguageSettings
     settings = read_settings(kind, args.recipe, [text for group in args.set for text in group])
-    if args.json is not None and not can_write(args.json):
-        raise ValueError(f"--json {args.json} cannot be written: give one in a folder that exists and takes files")
+    check_can_write("--json", args.json)
     common: dict[str, Any] = {"val": args.val, "settings": settings, "resume": args.resume, "cpu": args.cpu}
     if args.kind == "vision":
         from s2d.train.vision import train_vision

@@ -41,6 +41,7 @@ from s2d.lab.recipes import AS_PRINTED, CAP, EVIDENCE_SEEDS, S2D_DECOUPLED, TUNI
 from s2d.lab.results import provenance, save_table
 from s2d.lab.sentence_encoder import PADDING, SentenceEncoder, encoder_folder
 from s2d.lab.staleness import Mode, follow
+from s2d.lab.statistics import tuning_table
 from s2d.lab.store import Trained, find, obtain_checkpoints, train_and_store
 from s2d.lab.training import Recipe
 from s2d.lab.winners import SETTING_COLUMNS, winners
@@ -703,21 +704,6 @@ def save_measured(stage: str, seeds: Sequence[int] = ()) -> pd.DataFrame:
 def _tried(variant: str) -> Mapping[str, float]:
     """The names of what the search tries of a variant."""
     return GRID[variant][0] if variant in GRID else {}
-
-
-def tuning_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The search as :func:`s2d.lab.winners.winners` reads it.
-
-    Args:
-        rows: of the stage ``"tuning"``.
-
-    Returns:
-        Columns variant, the settings, seed, FP, and low_bits (mean accuracy under the quantizers).
-    """
-    by = ["variant", *SETTING_COLUMNS, "seed"]
-    full = rows[rows.method == "FP"].groupby(by, sort=False, dropna=False).accuracy.mean()
-    low = rows[rows.method != "FP"].groupby(by, sort=False, dropna=False).accuracy.mean()
-    return pd.DataFrame({"FP": full, "low_bits": low}).fillna(0.0).reset_index()  # one that diverged gets nothing right
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,6 +34,7 @@ from s2d.lab.paths import output_root, repository_root
 from s2d.lab.quantization import METHOD_CALIBRATION_IMAGES, METHODS, logit_error, logits_of, setting
 from s2d.lab.recipes import AS_PRINTED, EVIDENCE_SEEDS, TUNING_SEEDS, arm
 from s2d.lab.results import provenance, save_table
+from s2d.lab.statistics import tuning_table
 from s2d.lab.store import find, train_and_store
 from s2d.lab.training import Recipe, learning_rate
 from s2d.lab.vision_backbone import VisionBackbone, published_backbone
@@ -390,21 +391,6 @@ def best_settings(subject: Subject) -> dict[str, dict[str, float]]:
     if "AdamW" in done:
         done |= {variant: done["AdamW"] | own for variant, own in UNTUNED.items()}
     return done
-
-
-def tuning_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The search as :func:`s2d.lab.winners.winners` reads it.
-
-    Args:
-        rows: of the stage ``"tuning"``.
-
-    Returns:
-        Columns variant, the settings, seed, FP, and low_bits (mean accuracy under the quantizers).
-    """
-    by = ["variant", *SETTING_COLUMNS, "seed"]
-    full = rows[rows.method == "FP"].groupby(by, sort=False, dropna=False).accuracy.mean()
-    low = rows[rows.method != "FP"].groupby(by, sort=False, dropna=False).accuracy.mean()
-    return pd.DataFrame({"FP": full, "low_bits": low}).reset_index()
 
 
 def table_of(rows: pd.DataFrame, jobs: Jobs) -> pd.DataFrame:

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from s2d.lab.winners import SETTING_COLUMNS
+
 VERDICTS = ("reproduced", "not reproduced", "equivalent", "undecided")
 NO_LOSS = 1.0
 """Points of accuracy that "without loss" may cost."""
@@ -195,6 +197,21 @@ def mean_and_spread(table: pd.DataFrame, by: list[str], values: list[str]) -> pd
     for value in values:
         out[value], out[f"{value}_std"] = groups[value].mean(), groups[value].std(ddof=1)
     return out.reset_index()
+
+
+def tuning_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The search as :func:`s2d.lab.winners.winners` reads it.
+
+    Args:
+        rows: of a study's stage ``"tuning"``: variant, the settings, seed, method, bits, accuracy.
+
+    Returns:
+        Columns variant, the settings, seed, FP, and low_bits (mean accuracy under the quantizers).
+    """
+    by = ["variant", *SETTING_COLUMNS, "seed"]
+    full = rows[rows.method == "FP"].groupby(by, sort=False, dropna=False).accuracy.mean()
+    low = rows[rows.method != "FP"].groupby(by, sort=False, dropna=False).accuracy.mean()
+    return pd.DataFrame({"FP": full, "low_bits": low}).fillna(0.0).reset_index()  # one that diverged gets nothing right
 
 
 def mean_and_deviation(values: pd.Series, digits: int = 1) -> str:

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from s2d.console import exit_code, say
-from s2d.files import can_write, write_text
+from s2d.files import write_text
 from s2d.lab.paper_scale import answers, hours, merge, requirements, split, tiny
 from s2d.lab.paper_scale.configuration import read_configuration
 from s2d.lab.paper_scale.experiments import TABLES, check_table, with_locations
-from s2d.ptq.command.arguments import Parser, usable_device, whole
+from s2d.ptq.command.arguments import Parser, check_can_write, usable_device, whole
 
 
 def parser() -> Parser:
@@ -115,8 +115,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _answer(args: argparse.Namespace) -> None:
     device = usable_device(args.device)
-    if not can_write(args.json):
-        raise ValueError(f"--json {args.json} cannot be written: give one in a folder that exists and takes files")
+    check_can_write("--json", args.json)
     torch.manual_seed(args.seed)
     result = answers.measure(
         args.model,

@@ -224,10 +224,23 @@ def usable_device(text: str) -> torch.device:
     return device
 
 
+def check_can_write(option: str, path: str | Path | None, *, folder: bool = False) -> None:
+    """ValueError where what an option names could not be written in the end; None is nothing to write.
+
+    Args:
+        option: for the message, such as ``"--json"``.
+        path: what it was given.
+        folder: whether that is to be a folder.
+
+    Paper: none
+    """
+    if path is not None and not can_write(path, folder=folder):
+        raise ValueError(f"{option} {path} cannot be written: give one in a folder that exists and takes files")
+
+
 def _check_outputs(args: argparse.Namespace) -> None:
     if args.save is not None:
         need("safetensors.torch", "--save")
         check_folder(args.save, overwrite=args.overwrite)
     for option, path in (("--json", args.json), ("--save", args.save)):
-        if path is not None and not can_write(path, folder=option == "--save"):
-            raise ValueError(f"{option} {path} cannot be written: give one in a folder that exists and takes files")
+        check_can_write(option, path, folder=option == "--save")
